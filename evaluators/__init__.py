@@ -1,0 +1,27 @@
+"""Scores of pictures by name, the statistics to compare them, and latency.
+
+`get("shapes").score(images, prompts)` is a float64 array `(n,)`, one score per image.
+"""
+
+from .evaluator import Evaluator, as_array
+from .latency import CostTable, measure_cost_table, time_runs
+from .prompts import Prompt, load_prompts, prompts_digest
+from .registry import UnknownEvaluator, get, names, register
+from .statistics import Interval, paired_interval
+
+__all__ = [
+    "CostTable",
+    "Evaluator",
+    "Interval",
+    "Prompt",
+    "UnknownEvaluator",
+    "as_array",
+    "get",
+    "load_prompts",
+    "measure_cost_table",
+    "names",
+    "paired_interval",
+    "prompts_digest",
+    "register",
+    "time_runs",
+]

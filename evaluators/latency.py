@@ -1,0 +1,257 @@
+"""Seconds of a generation: timed directly, or predicted for a policy from a cost table measured block by block.
+
+Covered: pipelines whose transformer keeps its blocks in `transformer_blocks` and runs once per step, on CPU and CUDA.
+Not covered: what a policy adds beside its blocks (storing residuals, masks), and compiled transformers; time the
+policy itself with `time_runs` before a number is claimed.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model_validator
+
+from .evaluator import as_array
+
+_ADDITIONS = 20  # residual additions timed together
+
+
+class CostTable(BaseModel):
+    """What each part of a run costs, in seconds, for one batch on one device. Medians of `repeats` runs.
+
+    A prediction holds for this batch, size, device, dtype and number of threads only. Text scaling costs nothing here.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    block_compute: tuple[NonNegativeFloat, ...]  # one forward of each block
+    block_reuse: tuple[NonNegativeFloat, ...]  # adding each block's stored residuals
+    block_skip: NonNegativeFloat = 0.0  # a call of a thin wrapper, microseconds: not measured
+    step_overhead: NonNegativeFloat  # per step beside the blocks: embeddings, guidance, scheduler
+    run_overhead: NonNegativeFloat  # per run beside the denoising loop: text encoders, decoder
+    run_seconds: NonNegativeFloat  # a whole run of the unmodified model, as measured
+    steps: PositiveInt
+    repeats: PositiveInt
+    batch: PositiveInt  # images per run
+    rows: PositiveInt  # rows of the transformer's batch: twice the images under batched guidance
+    height: PositiveInt
+    width: PositiveInt
+    device: str
+    dtype: str
+    threads: PositiveInt
+
+    @model_validator(mode="after")
+    def _one_cost_per_block(self):
+        if len(self.block_compute) != len(self.block_reuse):
+            counts = f"{len(self.block_compute)} and {len(self.block_reuse)}"
+            raise ValueError(f"block_compute and block_reuse have {counts} entries; accepted: one per block in both")
+        return self
+
+    def predict(self, kinds: Sequence[Sequence[str]]) -> float:
+        """Seconds of a run in which block `b` at step `i` does `kinds[i][b]`: "compute", "skip" or "reuse".
+
+        `kinds` is `Plan.kinds`, one row per step, empty where a run that starts late passes the step over. With all
+        computed at the measured number of steps the answer is `run_seconds`. Raises ValueError for another number of
+        blocks or another kind.
+        """
+        skip = (self.block_skip,) * len(self.block_compute)
+        costs = {"compute": self.block_compute, "reuse": self.block_reuse, "skip": skip}
+        seconds = self.run_overhead
+        for step, row in enumerate(kinds):
+            if not row:
+                continue
+            if len(row) != len(self.block_compute):
+                raise ValueError(f"kinds[{step}] has {len(row)} blocks; accepted: {len(self.block_compute)}")
+            seconds += self.step_overhead
+            for block, kind in enumerate(row):
+                if kind not in costs:
+                    raise ValueError(f"kinds[{step}][{block}] is {kind!r}; accepted: {', '.join(costs)}")
+                seconds += costs[kind][block]
+        return seconds
+
+
+def time_runs(run: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> float:
+    """Median seconds of `run()` after `warmup` untimed calls; the current CUDA device, if in use, is synchronised."""
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; accepted: 1 or more")
+    for _ in range(warmup):
+        run()
+    seconds = []
+    for _ in range(repeats):
+        _synchronize()
+        start = time.perf_counter()
+        run()
+        _synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def measure_cost_table(pipe: Any, call: Callable[[], Any], repeats: int = 5) -> CostTable:
+    """Measure `pipe`, unmodified, by `repeats` runs of `call()` after an untimed one.
+
+    `call` makes one whole generation with fixed prompts and steps and returns the pipeline's output, or its images.
+    Forward hooks time the blocks and the transformer and are gone afterwards. The device should do nothing else.
+    Raises ValueError for a compiled transformer, for any device but CPU and CUDA, when a block does not run once in
+    each step, and when runs differ in their number of steps.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; accepted: 1 or more")
+    blocks = list(pipe.transformer.transformer_blocks)
+    if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in (pipe.transformer, *blocks)):
+        raise ValueError("pipe has a compiled transformer, which timing hooks would recompile; accepted: an eager one")
+    outputs, images = _survey(blocks, call)
+    hidden = outputs[0][0]
+    if hidden.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {hidden.device}; accepted: cpu or cuda, where time can be read")
+    cuda = hidden.device.type == "cuda"
+    with torch.cuda.device(hidden.device) if cuda else nullcontext():
+        runs = [_time_run(pipe.transformer, blocks, call, cuda) for _ in range(repeats)]
+        reuse = _time_reuse(outputs, repeats)
+    steps = {run.steps for run in runs}
+    if len(steps) != 1:
+        raise ValueError(f"call ran {sorted(steps)} steps in different repeats; accepted: the same number every time")
+    (count,) = steps
+    run_seconds = statistics.median(run.seconds for run in runs)
+    loop = statistics.median(run.loop for run in runs)
+    compute = [statistics.median(s for run in runs for s in run.blocks[b]) for b in range(len(blocks))]
+    # noise can lift the sum of medians over the median loop: the blocks then are all there is to a step
+    fit = min(1.0, loop / count / sum(compute))
+    compute = [seconds * fit for seconds in compute]
+    return CostTable(
+        block_compute=tuple(compute),
+        block_reuse=tuple(reuse),
+        step_overhead=max(0.0, loop / count - sum(compute)),
+        run_overhead=max(0.0, run_seconds - loop),
+        run_seconds=run_seconds,
+        steps=count,
+        repeats=repeats,
+        batch=images.shape[0],
+        rows=hidden.shape[0],
+        height=images.shape[1],
+        width=images.shape[2],
+        device=_device_name(hidden.device),
+        dtype=str(hidden.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Form of one tensor that a block gives back: shape `(rows, tokens, dim)`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Seconds of one run: whole, in the denoising loop, and per block and step."""
+
+    seconds: float
+    loop: float
+    steps: int
+    blocks: list[list[float]]
+
+
+def _survey(blocks: list[torch.nn.Module], call: Callable[[], Any]) -> tuple[list[tuple[_Output, ...]], np.ndarray]:
+    """One untimed run: what each block gives back, and the images `(n, h, w, 3)`."""
+    outputs: dict[int, tuple[_Output, ...]] = {}
+
+    def keep(index: int):
+        def hook(module, args, output):
+            tensors = output if isinstance(output, tuple) else (output,)
+            kept = (t for t in tensors if isinstance(t, torch.Tensor))  # the last block gives no text back
+            outputs[index] = tuple(_Output(tuple(t.shape), t.dtype, t.device) for t in kept)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            hooks.enter_context(block.register_forward_hook(keep(index)))
+        result = call()
+    missing = [index for index in range(len(blocks)) if not outputs.get(index)]
+    if missing:
+        raise ValueError(f"blocks {missing} did not run in call; accepted: a run of the pipeline without a policy")
+    images = as_array(getattr(result, "images", result))
+    if not len(images):
+        raise ValueError("call returned no images; accepted: the pipeline's output, or its images")
+    return [outputs[index] for index in range(len(blocks))], images
+
+
+def _time_run(transformer: torch.nn.Module, blocks: list[torch.nn.Module], call: Callable[[], Any], cuda: bool) -> _Run:
+    marks: list[list[Any]] = [[] for _ in range(len(blocks) + 1)]  # start, end, start, end …; the transformer's last
+
+    def mark(index: int):
+        def hook(*_):
+            if cuda:
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                marks[index].append(event)
+            else:
+                marks[index].append(time.perf_counter())
+
+        return hook
+
+    def seconds(start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1000 if cuda else end - start
+
+    with ExitStack() as hooks:
+        for index, module in enumerate([*blocks, transformer]):
+            hooks.enter_context(module.register_forward_pre_hook(mark(index)))
+            hooks.enter_context(module.register_forward_hook(mark(index)))
+        _synchronize()
+        start = time.perf_counter()
+        call()
+        _synchronize()
+        whole = time.perf_counter() - start
+    *of_blocks, of_transformer = marks
+    steps = len(of_transformer) // 2
+    for index, of_block in enumerate(of_blocks):
+        if len(of_block) != 2 * steps:
+            raise ValueError(f"block {index} ran {len(of_block) // 2} times in {steps} steps; accepted: once in each")
+    return _Run(
+        seconds=whole,
+        loop=min(whole, seconds(of_transformer[0], of_transformer[-1])),
+        steps=steps,
+        blocks=[[seconds(a, b) for a, b in zip(m[::2], m[1::2], strict=True)] for m in of_blocks],
+    )
+
+
+def _time_reuse(outputs: list[tuple[_Output, ...]], repeats: int) -> list[float]:
+    """Seconds to add a residual to each output of each block; blocks of equal outputs share one measurement."""
+    costs: dict[tuple[_Output, ...], float] = {}
+    for output in outputs:
+        if output not in costs:
+            # ones, not zeros: untouched zero pages would be read faster than real memory
+            tensors = [torch.ones(o.shape, dtype=o.dtype, device=o.device) for o in output for _ in range(2)]
+            pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
+
+            def add(pairs: list[tuple[torch.Tensor, torch.Tensor]] = pairs):
+                for _ in range(_ADDITIONS):
+                    for stream, residual in pairs:
+                        torch.add(stream, residual)
+
+            costs[output] = time_runs(add, repeats) / _ADDITIONS
+    return [costs[output] for output in outputs]
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    table = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty or the bare architecture there
+    lines = table.read_text().splitlines() if table.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())

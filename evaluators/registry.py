@@ -1,0 +1,56 @@
+"""Evaluators by name. Built-in ones are lazy targets: nothing is imported before its name is asked for."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from .evaluator import Evaluator
+
+Target = str | Callable[[], Evaluator]
+
+_targets: dict[str, Target] = {
+    "sane": "blocktune.evaluators.sanity:Sane",
+    "psnr": "blocktune.evaluators.fidelity:Psnr",
+    "ssim": "blocktune.evaluators.fidelity:Ssim",
+    "shapes": "blocktune.reference.judge:Shapes",
+    "shapes_binary": "blocktune.reference.judge:ShapesBinary",
+    "crispness": "blocktune.reference.crispness:Crispness",
+}
+_made: dict[str, Evaluator] = {}
+
+
+class UnknownEvaluator(ValueError):
+    """No evaluator has that name."""
+
+
+def names() -> tuple[str, ...]:
+    """All registered names, sorted."""
+    return tuple(sorted(_targets))
+
+
+def register(name: str, target: Target) -> None:
+    """Make an evaluator known as `name`: a class or function that makes it, or where to find one, `"module:object"`.
+
+    Registering the same target again is harmless; ValueError when the name stands for another.
+    """
+    if isinstance(target, str) and not all(target.partition(":")):
+        raise ValueError(f"target is {target!r}; accepted: 'module:object', or a callable that makes the evaluator")
+    if _targets.setdefault(name, target) != target:
+        raise ValueError(f"name {name!r} already stands for {_targets[name]}; accepted: a name that is not taken")
+
+
+def get(name: str) -> Evaluator:
+    """The evaluator of that name, made on first use and kept: weights are loaded once per process."""
+    if name not in _targets:
+        raise UnknownEvaluator(f"evaluator is {name!r}; accepted: {', '.join(names())}")
+    if name not in _made:
+        target = _targets[name]
+        if isinstance(target, str):
+            module, _, attribute = target.partition(":")
+            target = getattr(import_module(module), attribute)
+        evaluator = target()
+        if not isinstance(evaluator, Evaluator):
+            raise TypeError(f"{_targets[name]} made a {type(evaluator).__name__}, which lacks a part of Evaluator")
+        if evaluator.name != name:
+            raise ValueError(f"evaluator registered as {name!r} calls itself {evaluator.name!r}; accepted: one name")
+        _made[name] = evaluator
+    return _made[name]

@@ -1,0 +1,284 @@
+import time
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from blocktune.evaluators import CostTable, measure_cost_table, time_runs
+from blocktune.policies import BlockPolicy, Reuse, Rule, Skip
+from blocktune.policies.plan import Plan
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from pydantic import ValidationError
+
+BLOCKS, STEPS, IMAGES = 4, 5, 2
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=12,
+        patch_size=2,
+        in_channels=4,
+        num_layers=BLOCKS,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=128,
+        pooled_projection_dim=64,
+        out_channels=4,
+        pos_embed_max_size=12,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+    nothing: dict[str, Any] = dict.fromkeys(
+        ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **nothing
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, steps: int = STEPS, guidance: float = 4.0):
+    text, pooled = torch.ones(IMAGES, 8, 64), torch.ones(IMAGES, 64)
+    return pipe(
+        prompt_embeds=text,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=0 * text,
+        negative_pooled_prompt_embeds=0 * pooled,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=48,
+        width=48,
+        output_type="np",
+    )
+
+
+@pytest.fixture(scope="module")
+def table(pipe) -> CostTable:
+    return measure_cost_table(pipe, lambda: generate(pipe), repeats=3)
+
+
+def kinds(kind: str, steps: int = STEPS) -> list[list[str]]:
+    return [[kind] * BLOCKS for _ in range(steps)]
+
+
+def test_says_what_was_measured(table):
+    assert (table.steps, table.repeats, table.batch, table.rows) == (STEPS, 3, IMAGES, 2 * IMAGES)
+    assert (table.height, table.width, table.dtype) == (48, 48, "float32")
+    assert table.threads == torch.get_num_threads()
+    assert table.device
+    assert len(table.block_compute) == len(table.block_reuse) == BLOCKS
+    assert all(c > r > 0 for c, r in zip(table.block_compute, table.block_reuse, strict=True))
+    assert table.block_skip == 0
+    assert table.run_overhead > 0
+
+
+def test_all_computed_is_the_measured_run(table):
+    assert table.predict(kinds("compute")) == pytest.approx(table.run_seconds, rel=1e-9)
+
+
+def test_the_run_is_what_a_clock_says(pipe, table):
+    # another moment on a shared machine: the same order of magnitude is what can be asked
+    assert 0.3 < time_runs(lambda: generate(pipe)) / table.run_seconds < 3
+
+
+def test_only_the_steps_scale_with_their_number(table):
+    one, two, six = (table.predict(kinds("compute", n)) for n in (1, 2, 6))
+    assert two - one == pytest.approx(table.step_overhead + sum(table.block_compute))
+    assert six - one == pytest.approx(5 * (two - one))
+    assert table.predict([]) == table.run_overhead
+    assert table.predict([[], [], *kinds("compute", 2)]) == two  # a run that starts at its third step
+
+
+def test_fewer_computed_blocks_cost_less(table):
+    plan = kinds("compute")
+    seconds = [table.predict(plan)]
+    for step in range(STEPS):
+        for block in range(BLOCKS):
+            plan[step][block] = "reuse"
+            seconds.append(table.predict(plan))
+    for step in range(STEPS):
+        for block in range(BLOCKS):
+            plan[step][block] = "skip"
+            seconds.append(table.predict(plan))
+    assert all(later < earlier for earlier, later in pairwise(seconds))
+    assert seconds[-1] == pytest.approx(table.run_overhead + STEPS * table.step_overhead)
+
+
+def test_predicts_a_plan(pipe, table):
+    policy = BlockPolicy.for_model(
+        pipe,
+        name="late reuse",
+        rules=[Rule(blocks=[1, 2], window=(0.4, 1.0), action=Reuse(every=3)), Rule(blocks=[3], action=Skip())],
+    )
+    plan = Plan.compile(policy, STEPS)
+    counts = plan.counts()
+    assert counts.reused > 0
+    assert counts.skipped == STEPS
+    saved = sum(
+        table.block_compute[block] - (table.block_reuse[block] if kind == "reuse" else 0)
+        for row in plan.kinds
+        for block, kind in enumerate(row)
+        if kind != "compute"
+    )
+    assert table.predict(plan.kinds) == pytest.approx(table.run_seconds - saved)
+
+
+def test_json_round_trip(table):
+    assert CostTable.model_validate_json(table.model_dump_json()) == table
+    with pytest.raises(ValidationError, match="unknown"):
+        CostTable.model_validate({**table.model_dump(), "unknown": 1})
+    with pytest.raises(ValidationError, match="step_overhead"):
+        CostTable.model_validate({**table.model_dump(), "step_overhead": float("nan")})
+    with pytest.raises(ValidationError, match="4 and 1 entries"):
+        CostTable.model_validate({**table.model_dump(), "block_reuse": [0.1]})
+
+
+def test_predict_refuses(table):
+    with pytest.raises(ValueError, match=r"kinds\[1\] has 3 blocks; accepted: 4"):
+        table.predict([["compute"] * 4, ["compute"] * 3])
+    with pytest.raises(ValueError, match=r"kinds\[0\]\[2\] is 'cache'; accepted: compute, reuse, skip"):
+        table.predict([["compute", "skip", "cache", "skip"]])
+
+
+def hooks_of(module: torch.nn.Module) -> dict:
+    return {key: (len(value) if hasattr(value, "__len__") else value) for key, value in vars(module).items()}
+
+
+def test_leaves_nothing_behind_and_changes_no_picture(pipe):
+    modules = [pipe.transformer, *pipe.transformer.transformer_blocks]
+
+    def picture():
+        torch.manual_seed(1)
+        return generate(pipe, steps=2).images
+
+    before, state = picture(), [hooks_of(module) for module in modules]
+    seen = []
+    measure_cost_table(pipe, lambda: seen.append(picture()) or seen[-1], repeats=1)
+    assert [hooks_of(module) for module in modules] == state
+    for image in [*seen, picture()]:
+        np.testing.assert_array_equal(image, before)
+
+
+def test_leaves_nothing_behind_after_a_failure(pipe):
+    modules = [pipe.transformer, *pipe.transformer.transformer_blocks]
+    state = [hooks_of(module) for module in modules]
+    calls = iter(range(10))
+
+    def fails_later():
+        result = generate(pipe, steps=1)
+        if next(calls) == 1:
+            raise RuntimeError("out of memory")
+        return result
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure_cost_table(pipe, fails_later, repeats=2)
+    assert [hooks_of(module) for module in modules] == state
+
+
+def test_refuses_runs_that_are_no_measure(pipe):
+    steps = iter([1, 1, 2])
+    with pytest.raises(ValueError, match=r"ran \[1, 2\] steps in different repeats"):
+        measure_cost_table(pipe, lambda: generate(pipe, next(steps)), repeats=2)
+    with pytest.raises(ValueError, match=r"blocks \[0, 1, 2, 3\] did not run"):
+        measure_cost_table(pipe, lambda: None)
+    with pytest.raises(ValueError, match="repeats is 0"):
+        measure_cost_table(pipe, lambda: generate(pipe), repeats=0)
+
+    def one_block_left_out():
+        kept = pipe.transformer.transformer_blocks
+        result = generate(pipe, 1)
+        pipe.transformer.transformer_blocks = torch.nn.ModuleList([*kept[:2], *kept[3:]])
+        try:
+            generate(pipe, 1)
+        finally:
+            pipe.transformer.transformer_blocks = kept
+        return result
+
+    with pytest.raises(ValueError, match="block 2 ran 1 times in 2 steps"):
+        measure_cost_table(pipe, one_block_left_out, repeats=1)
+
+
+class Sleeper(torch.nn.Module):
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return None, x
+
+
+class Sleepers(torch.nn.Module):
+    def __init__(self, *seconds: float):
+        super().__init__()
+        self.transformer_blocks = torch.nn.ModuleList(map(Sleeper, seconds))
+
+    def forward(self, x):
+        time.sleep(0.004)
+        for block in self.transformer_blocks:
+            x = block(x)[1]
+        return x
+
+
+def test_times_land_where_they_were_spent():
+    model = Sleepers(0.01, 0.03)
+
+    def call():
+        time.sleep(0.02)
+        for _ in range(3):
+            model(torch.ones(1, 4, 8))
+        return SimpleNamespace(images=np.zeros((1, 16, 16, 3)))
+
+    table = measure_cost_table(SimpleNamespace(transformer=model), call, repeats=3)
+    assert table.block_compute == pytest.approx([0.01, 0.03], abs=0.006)
+    assert table.step_overhead == pytest.approx(0.004, abs=0.004)
+    assert table.run_overhead == pytest.approx(0.02, abs=0.01)
+    assert table.run_seconds == pytest.approx(0.02 + 3 * 0.044, abs=0.03)
+    assert table.rows == 1
+
+
+@pytest.mark.parametrize("part", ["block", "transformer"])
+def test_refuses_a_compiled_transformer(part):
+    model = Sleepers(0.0, 0.0)
+    (model.transformer_blocks[1] if part == "block" else model).compile()
+    with pytest.raises(ValueError, match="compiled"):
+        measure_cost_table(SimpleNamespace(transformer=model), lambda: None)
+    with pytest.raises(ValueError, match="compiled"):
+        measure_cost_table(SimpleNamespace(transformer=torch.compile(Sleepers(0.0))), lambda: None)
+
+
+def test_time_runs():
+    calls = []
+
+    def run():
+        calls.append(time.sleep([0.08, 0.01, 0.08, 0.01, 0.01, 0.01][len(calls) % 6]))
+
+    assert 0.01 <= time_runs(run, repeats=5, warmup=1) < 0.05  # the median, without the warm-up
+    assert len(calls) == 6
+    with pytest.raises(ValueError, match="repeats is 0"):
+        time_runs(run, repeats=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda(pipe):
+    pipe.to("cuda")
+    try:
+        table = measure_cost_table(pipe, lambda: generate(pipe), repeats=3)
+    finally:
+        pipe.to("cpu")
+    assert table.device == torch.cuda.get_device_name()
+    assert table.predict(kinds("compute")) == pytest.approx(table.run_seconds, rel=1e-9)
+    assert all(c > 0 for c in table.block_compute)
