@@ -1,0 +1,73 @@
+"""Quality in the reference world: how close a picture comes to flat ground, flat colours and one-pixel edges.
+
+A picture is held against the ideal of its own segmentation, so what it shows does not matter, only how cleanly it is
+drawn. Covered: noise, blur, tint and ghosts. Not covered: whether the shapes are well formed, and what was asked for.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from scipy import ndimage
+
+from ..evaluators.evaluator import Images, as_array, check_lengths
+from .scenes import COLORS, GROUND
+
+_GROUND = np.array(GROUND, np.float32)
+_PALETTE = np.array(list(COLORS.values()), np.float32)
+_FOREGROUND = 0.30  # from the ground, in RGB distance, as the judge has it
+_SQUARE = np.ones((3, 3), bool)
+_MIN_AREA = 14  # pixels inside objects; a picture with less shows nothing
+_MIN_GROUND = 0.1  # share of pixels well away from objects
+# What true renderings have is free; above it, a tolerance costs a factor e.
+_EDGE_MIX = 0.175  # mixed share of the pixels along edges: 0.11 on average, 0.18 for a lone square between two pixels
+_EDGE_TOLERANCE = 0.1
+_FLAT = 0.006  # RGB distance, ground and inside together, that rounding to 8 bits makes
+_FLAT_TOLERANCE = 0.12
+
+
+class Crispness:
+    """Evaluator `crispness`: flatness of ground, times flatness of colours, times sharpness of edges."""
+
+    name = "crispness"
+    direction: Literal["maximize", "minimize"] = "maximize"
+    needs_reference = False
+
+    def score(self, images: Images, prompts: Sequence[str], reference: Images | None = None) -> np.ndarray:
+        """One score in [0, 1] per image, float64 `(n,)`. Prompts and reference are not looked at."""
+        check_lengths(images, prompts, reference)
+        return np.array([crispness(picture) for picture in as_array(images)], dtype=np.float64)
+
+
+def crispness(picture: np.ndarray) -> float:
+    """The score of one picture, float `(h, w, 3)` in [0, 1]; 0 where a pixel is not finite."""
+    parts = measure(picture)
+    if parts is None:
+        return 0.0
+    ground, inside, edge = parts
+    unflat, blur = max(0.0, ground + inside - _FLAT), max(0.0, edge - _EDGE_MIX)
+    return float(np.exp(-unflat / _FLAT_TOLERANCE - blur / _EDGE_TOLERANCE))
+
+
+def measure(picture: np.ndarray) -> tuple[float, float, float] | None:
+    """Mean RGB distance of ground and of insides from flat, and mean mixed share of edge pixels; None: no objects."""
+    if not np.isfinite(picture).all():
+        return None
+    picture = picture.clip(-1, 2)  # worse than that is not told apart
+    from_ground = np.linalg.norm(picture - _GROUND, axis=-1)  # (h, w)
+    objects = from_ground > _FOREGROUND
+    near = ndimage.binary_dilation(objects, _SQUARE)
+    inner = ndimage.binary_erosion(objects, _SQUARE)
+    away = np.logical_not(ndimage.binary_dilation(near, _SQUARE))
+    if inner.sum() < _MIN_AREA or away.mean() < _MIN_GROUND:
+        return None
+    from_palette = np.linalg.norm(picture[:, :, None, :] - _PALETTE, axis=-1)  # (h, w, colours)
+    color = from_palette.argmin(-1)
+    # the rim mixes object and ground, and may come near to a third colour: it belongs to the object inside of it
+    rows, columns = ndimage.distance_transform_edt(np.logical_not(inner), return_distances=False, return_indices=True)  # pyright: ignore[reportGeneralTypeIssues]
+    color = color[rows, columns]
+    edge = np.logical_and(near, np.logical_not(inner))
+    own = np.take_along_axis(from_palette, color[..., None], -1)[..., 0][edge]
+    contrast = np.linalg.norm(_PALETTE - _GROUND, axis=-1)[color[edge]]
+    mixed = np.minimum(np.minimum(own, from_ground[edge]) / contrast, 1.0)
+    return float(from_ground[away].mean()), float(from_palette.min(-1)[inner].mean()), float(mixed.mean())
