@@ -1,0 +1,159 @@
+"""The configuration of a search: every field has a default, and without a file it searches the reference model."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+
+class ConfigError(ValueError):
+    """A user's mistake in one sentence."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(_Section):
+    path: str = Field(
+        default="reference", description="a diffusers pipeline folder or hub id; `reference` is the bundled model"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="auto: bfloat16 on a GPU; on a CPU whichever of float32 and bfloat16 is measured faster",
+    )
+
+
+class Generation(_Section):
+    num_inference_steps: PositiveInt = Field(default=20, description="steps of the unmodified model")
+    guidance_scale: float = 4.0
+    height: PositiveInt | None = Field(default=None, description="pixels; the model's own size when not given")
+    width: PositiveInt | None = None
+    max_sequence_length: PositiveInt = Field(default=12, description="tokens that T5's part of the prompt is padded to")
+    batch: PositiveInt = Field(default=48, description="pictures per call of the pipeline")
+
+
+class Prompts(_Section):
+    search: str = Field(
+        default="reference", description="JSON lines of text, kind, seed; `reference` is the bundled set"
+    )
+    confirm: str = Field(default="reference", description="held-out prompts with other seeds, same format")
+    search_images: PositiveInt = Field(default=96, description="the first so many of the search prompts are used")
+    confirm_images: PositiveInt = 288
+
+
+class Objectives(_Section):
+    alignment: str = Field(default="shapes", description="evaluator to maximise")
+    quality: str = Field(default="crispness", description="evaluator to maximise")
+    reported: tuple[str, ...] = Field(default=("shapes_binary", "psnr"), description="evaluators recorded beside")
+
+
+class Space(_Section):
+    bands: PositiveInt = Field(
+        default=4, description="groups of neighbouring blocks that act alike; the number of blocks for each alone"
+    )
+    reuse_every: tuple[int, ...] = Field(
+        default=(2, 3, 4), description="choices of a band's reuse; computing is always one"
+    )
+    reuse_from: tuple[float, ...] = Field(
+        default=(0.2, 0.3, 0.4, 0.5, 0.6), description="where reuse may begin, a fraction of the run"
+    )
+    operands: tuple[Literal["input", "key", "value", "logit"], ...] = Field(default=("key", "value", "logit"))
+    max_scale: float = Field(default=1.8, gt=1, description="text is scaled by 1 to this, on a log axis")
+    text_until: tuple[float, ...] = Field(default=(0.3, 0.6, 1.0), description="where louder text may end")
+    skip: bool = Field(default=True, description="also try to skip one block late in the run")
+    steps: tuple[PositiveInt, ...] = Field(
+        default=(20, 14), description="numbers of steps; the first is the unmodified model's"
+    )
+
+
+class Search(_Section):
+    trials: PositiveInt = 44
+    sampler: Literal["tpe", "gp", "nsgaii", "random"] = "tpe"
+    seed: int = 0
+    storage: str | None = Field(
+        default=None, description="any Optuna storage URL; SQLite in the run directory when not given"
+    )
+
+
+class Confirm(_Section):
+    candidates: PositiveInt = Field(default=6, description="front members measured again on held-out prompts")
+    margin: PositiveFloat = Field(
+        default=0.015, description="how much alignment or quality a pick may lose at worst, by its interval"
+    )
+    repeats: PositiveInt = Field(default=3, description="timed generations per candidate")
+
+
+class Ray(_Section):
+    address: str | None = Field(
+        default=None, description="a running cluster; one is started on this machine when not given"
+    )
+    workers: PositiveInt | None = Field(
+        default=None, description="as many as GPUs, or as CPUs / cpus_per_worker, when not given"
+    )
+    cpus_per_worker: PositiveInt = 2
+    gpus_per_worker: float | None = Field(default=None, description="1 where the cluster has GPUs when not given")
+
+
+class Mlflow(_Section):
+    uri: str | None = Field(default=None, description="any tracking URI; SQLite in the run directory when not given")
+    experiment: str = "blocktune"
+
+
+class Config(_Section):
+    """A whole search. Precedence: defaults, then the file, then `--set`."""
+
+    name: str = Field(
+        default="reference", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory runs/<name>"
+    )
+    model: Model = Model()
+    generation: Generation = Generation()
+    prompts: Prompts = Prompts()
+    objectives: Objectives = Objectives()
+    space: Space = Space()
+    search: Search = Search()
+    confirm: Confirm = Confirm()
+    ray: Ray = Ray()
+    mlflow: Mlflow = Mlflow()
+
+    def searched(self) -> dict[str, Any]:
+        """What makes two searches the same study: model, sampling, prompts, objectives and space; not budget."""
+        return self.model_dump(mode="json", include={"model", "generation", "prompts", "objectives", "space"})
+
+
+def load_config(path: Path | None, overrides: list[str]) -> Config:
+    """Read a YAML file and `key.sub=value` overrides (values are YAML). ConfigError names the field and the value."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            read = yaml.safe_load(path.read_text("utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        if read is not None and not isinstance(read, dict):
+            raise ConfigError(f"{path} holds {type(read).__name__}; accepted: a mapping of config fields.")
+        data = read or {}
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set is {item!r}; accepted: key=value, as search.trials=100.")
+        *parents, last = key.strip().split(".")
+        target = data
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {item!r}: {parent} is a value, not a section.")
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {item!r}: {value!r} is not a YAML value.") from None
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{field} is not a field of the config; see blocktune schema --config.") from None
+        raise ConfigError(f"{field} is {first['input']!r}: {first['msg'].lower()}.") from None

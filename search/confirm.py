@@ -1,0 +1,133 @@
+"""Confirm: the front and the anchors again, on prompts the search never saw, with new seeds, and timed for real."""
+
+import json
+
+from ..evaluators import Interval, paired_interval
+from ..policies import BlockPolicy, Plan
+from .front import Confirmed, Point, hypervolume, pick, spread
+from .pool import Job
+from .study import Study, feasible, point_of
+from .worker import read_prompts
+
+
+def confirm(study: Study) -> list[Confirmed]:
+    """Measure the chosen front members and the anchors; write `confirmed.json` and the picks' policies.
+
+    Intervals are paired by prompt and seed, resampled by prompt, and widened for the number of candidates compared
+    (Bonferroni). Timing runs on one worker while the others rest, each candidate in turn with the unmodified model.
+    """
+    config, run, pool = study.config, study.run, study.pool
+    prompts = read_prompts(config, "confirm")
+    trials = {t.user_attrs["key"]: t for t in reversed(feasible(study.study))}
+    points = {key: point_of(t) for key, t in trials.items()}
+    named = [p for p in points.values() if p.anchor and p.key != study.baseline.key]
+    front = [p for p in study.front() if not p.anchor]
+    chosen = [*named, *spread(front, study.baseline, config.confirm.candidates)]
+    policies = {p.key: BlockPolicy.model_validate(trials[p.key].user_attrs["policy"]) for p in chosen}
+    unmodified = BlockPolicy(name="unmodified", model=study.model, rules=())
+    steps = config.generation.num_inference_steps
+
+    study.display.stage("confirm", len(chosen) + 1)
+    if not (run.scores / "confirm-unmodified.parquet").exists():
+        (job,) = pool.run([Job("measure", (unmodified, steps, "confirm", None))])
+        run.write_images("confirm-unmodified", job.result.images)
+        run.write_scores("confirm-unmodified", prompts, job.result.scores)
+    study.display.advance()
+    reference = pool.put(run.read_images("confirm-unmodified"))
+
+    def name_of(point: Point) -> str:
+        return "confirm-" + point.key[:16] + f"-{point.steps}"
+
+    def keep(job: Job) -> None:
+        run.write_scores(name_of(job.tag), prompts, job.result.scores)
+        run.write_images(name_of(job.tag), job.result.images[:48])
+        study.display.advance()
+
+    missing = [p for p in chosen if not (run.scores / f"{name_of(p)}.parquet").exists()]
+    pool.run([Job("measure", (policies[p.key], p.steps, "confirm", reference), p) for p in missing], keep)
+
+    study.display.say("timing the candidates on a quiet device")
+    timed = [(unmodified, steps)] + [(policies[p.key], p.steps) for p in chosen]
+    (job,) = pool.run([Job("time", (timed, config.confirm.repeats))])
+    base_seconds, *seconds = job.result
+
+    before = run.read_scores("confirm-unmodified")
+    level = 1 - 0.05 / max(1, len(chosen))
+
+    def interval(point: Point, evaluator: str) -> Interval:
+        after = run.read_scores(name_of(point))
+        return paired_interval(after[evaluator], before[evaluator], groups=list(before["prompt"]), level=level)
+
+    confirmed = [
+        Confirmed(
+            name=p.name, key=p.key, steps=p.steps, anchor=p.anchor, rules=len(policies[p.key].rules),
+            alignment=interval(p, config.objectives.alignment),
+            quality=interval(p, config.objectives.quality),
+            reported={name: interval(p, name) for name in config.objectives.reported},
+            seconds=s, speedup=base_seconds / s,
+            predicted_speedup=study.costs.predict(Plan.compile(unmodified, steps).kinds) / p.latency,
+        )
+        for p, s in zip(chosen, seconds, strict=True)
+    ]  # fmt: skip
+    picks = pick(confirmed, config.confirm.margin)
+    for name, member in picks.items():
+        member.picks.append(name)
+    for stale in run.policies.glob("*.json"):
+        stale.unlink()
+    # every confirmed candidate under the name of its trial, and the picks under theirs
+    named_files = {c.name.replace(" ", "-"): c for c in confirmed if c.rules} | picks
+    for name, member in named_files.items():
+        _file(study, name, member, policies[member.key], len(confirmed)).save(run.policies / f"{name}.json")
+    baseline = {"seconds": base_seconds, "hypervolume": hypervolume(study.front(), study.baseline)}
+    record = {
+        "baseline": baseline,
+        "level": level,
+        "margin": config.confirm.margin,
+        "confirmed": [c.to_dict() for c in confirmed],
+    }
+    run.write_json(run.confirmed, record)
+    return confirmed
+
+
+def _file(study: Study, name: str, member: Confirmed, policy: BlockPolicy, compared: int) -> BlockPolicy:
+    """The policy as exported: what it was tuned for, and the evidence."""
+    generation, description = study.config.generation, study.pool.description
+
+    def told(interval: Interval) -> dict:
+        return {
+            "value": interval.value, "baseline": interval.baseline, "delta": interval.delta,
+            "ci95": [interval.low, interval.high], "level": interval.level, "n": interval.n,
+        }  # fmt: skip
+
+    objectives = study.config.objectives
+    measured = {objectives.alignment: told(member.alignment), objectives.quality: told(member.quality)}
+    measured |= {key: told(value) for key, value in member.reported.items()}
+    return policy.model_copy(
+        update={
+            "name": name,
+            "tuned_for": {
+                "num_inference_steps": member.steps,
+                "guidance_scale": generation.guidance_scale,
+                "height": description.height,
+                "width": description.width,
+                "max_sequence_length": generation.max_sequence_length,
+                "scheduler": description.scheduler,
+                "dtype": description.dtype,
+            },
+            "evidence": {
+                "confirmed": measured | {"speedup": member.speedup, "seconds_per_batch": member.seconds},
+                "compared": compared,
+                "device": description.device,
+                "versions": description.versions,
+                "study": study.config.name,
+                "trial": member.name,
+                "mlflow_run_id": study.tracker.run_id,
+            },
+        }
+    )
+
+
+def load_confirmed(run) -> tuple[dict, list[Confirmed]]:
+    """What `confirm` wrote."""
+    record = json.loads(run.confirmed.read_text())
+    return record, [Confirmed.from_dict(c) for c in record["confirmed"]]

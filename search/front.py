@@ -1,0 +1,120 @@
+"""Which candidates no other beats, how much space they command, and the named picks among the confirmed."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from optuna._hypervolume import compute_hypervolume
+
+from ..evaluators import Interval
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured candidate on the axes: means per picture, and seconds per batch."""
+
+    name: str
+    alignment: float
+    quality: float
+    latency: float
+    key: str = ""
+    steps: int = 0
+    anchor: bool = False
+
+    @property
+    def losses(self) -> tuple[float, float, float]:
+        return (-self.alignment, -self.quality, self.latency)
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A candidate on held-out prompts and new seeds, against the unmodified model picture by picture."""
+
+    name: str
+    key: str
+    steps: int
+    anchor: bool
+    rules: int
+    alignment: Interval
+    quality: Interval
+    reported: dict[str, Interval]
+    seconds: float  # measured, per batch
+    speedup: float  # unmodified over this, measured in the same turn
+    predicted_speedup: float
+    picks: list[str] = field(default_factory=list)
+
+    def holds(self, margin: float) -> bool:
+        """Whether neither alignment nor quality loses more than `margin`, by the lower ends of their intervals."""
+        return self.alignment.low >= -margin and self.quality.low >= -margin
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Confirmed":
+        fields: dict[str, Any] = {k: Interval(**data[k]) for k in ("alignment", "quality")}
+        fields["reported"] = {k: Interval(**v) for k, v in data["reported"].items()}
+        return cls(**data | fields)
+
+
+def non_dominated(points: list[Point]) -> list[Point]:
+    """Points that no other matches on every axis and beats on one; of equal points the first."""
+    front = []
+    for i, p in enumerate(points):
+        beaten = any(
+            all(a <= b for a, b in zip(q.losses, p.losses, strict=True)) and (q.losses != p.losses or j < i)
+            for j, q in enumerate(points)
+            if j != i
+        )
+        if not beaten:
+            front.append(p)
+    return sorted(front, key=lambda p: p.latency)
+
+
+def hypervolume(points: list[Point], baseline: Point) -> float:
+    """Volume commanded beyond 10 points less alignment and quality than the unmodified model, at its latency.
+
+    In point x point x share of latency saved; 100 points and all the time saved at no loss would be about 100.
+    """
+    reference = np.array([0.1 - baseline.alignment, 0.1 - baseline.quality, 1.0])
+    losses = np.array([(-p.alignment, -p.quality, p.latency / baseline.latency) for p in points])
+    losses = losses[(losses < reference).all(axis=1)] if len(losses) else losses
+    return 1e4 * float(compute_hypervolume(losses, reference)) / 100 if len(losses) else 0.0
+
+
+def spread(front: list[Point], baseline: Point, count: int) -> list[Point]:
+    """The `count` members that together command the largest hypervolume, picked greedily."""
+    chosen: list[Point] = []
+    rest = [p for p in front if p.key != baseline.key]
+    while rest and len(chosen) < count:
+        best = max(rest, key=lambda p: (hypervolume([*chosen, p], baseline), -p.latency))
+        chosen.append(best)
+        rest.remove(best)
+    return sorted(chosen, key=lambda p: p.latency)
+
+
+def pick(confirmed: list[Confirmed], margin: float) -> dict[str, Confirmed]:
+    """`quality`, `balanced` and `fast` among what held; a name is missing where nothing earned it.
+
+    Only policies that change something count, and none that some held anchor beats on alignment and measured speed.
+    `quality`: the largest gain of alignment whose interval lies above zero. `fast`: the largest measured speed-up above
+    one. `balanced`: the best product of speed-up and alignment, a point of alignment counting as 5 % of speed.
+    """
+    anchors = [c for c in confirmed if c.anchor and not c.rules]
+    earned = [
+        c
+        for c in confirmed
+        if c.rules
+        and c.holds(margin)
+        and not any(a.speedup >= c.speedup and a.alignment.delta >= c.alignment.delta for a in anchors)
+    ]
+    picks: dict[str, Confirmed] = {}
+    better = [c for c in earned if c.alignment.low > 0]
+    if better:
+        picks["quality"] = max(better, key=lambda c: c.alignment.delta)
+    faster = [c for c in earned if c.speedup > 1]
+    if faster:
+        picks["balanced"] = max(faster, key=lambda c: math.log(c.speedup) + 5 * c.alignment.delta)
+        picks["fast"] = max(faster, key=lambda c: c.speedup)
+    return picks

@@ -1,0 +1,149 @@
+"""Ray actors, each with a resident pipeline: start them, hand them work, replace those that die."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+import ray
+import ray.exceptions
+
+from .config import Config, ConfigError
+from .worker import Description, Worker
+
+RETRIES = 1  # a job whose worker died is tried once more
+
+
+class JobFailed(RuntimeError):
+    """A job that must succeed did not."""
+
+
+@dataclass
+class Job:
+    """One call of a worker's method, and how it ended."""
+
+    method: str
+    args: tuple[Any, ...]
+    tag: Any = None
+    result: Any = None
+    error: str | None = None
+    attempts: int = 0
+
+
+class Pool:
+    """Long-lived workers, one job each at a time. Ray's own retries are off: a poisonous job must not kill them all."""
+
+    def __init__(self, config: Config, dtype: str | None = None):
+        self.config = config
+        try:
+            if config.ray.address:
+                ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    include_dashboard=False,
+                    object_store_memory=200 * 2**20,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"ray.address is {config.ray.address!r}: {' '.join(str(error).split())[:200]}") from None
+        try:
+            self._start(dtype)
+        except BaseException:
+            ray.shutdown()
+            raise
+
+    def _start(self, dtype: str | None) -> None:
+        resources = ray.cluster_resources()
+        gpus = self.config.ray.gpus_per_worker
+        if gpus is None:
+            gpus = 1.0 if resources.get("GPU", 0) else 0.0
+        cpus = min(self.config.ray.cpus_per_worker, int(resources.get("CPU", 1)))
+        room = int(resources["GPU"] / gpus) if gpus else int(resources.get("CPU", 1) // cpus)
+        count = self.config.ray.workers or max(1, room)
+        if count > room:
+            raise ConfigError(
+                f"ray.workers is {count}; the cluster has room for {room} (cpus_per_worker {cpus}, GPUs {gpus:g} each)."
+            )
+        # SPREAD: one worker per node before a second on any
+        actor = ray.remote(Worker).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=0, scheduling_strategy="SPREAD"
+        )
+        first = actor.remote(self.config, dtype)
+        self.description: Description = self._described(first)  # settles the dtype for all
+        rest = [actor.remote(self.config, self.description.dtype) for _ in range(count - 1)]
+        self.hosts = [self.description.host] + [self._described(worker).host for worker in rest]
+        self._idle = [first, *rest]
+        self._running: dict[Any, tuple[Any, Job]] = {}
+
+    @staticmethod
+    def _described(worker: Any) -> Description:
+        try:
+            return ray.get(worker.describe.remote())
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if hasattr(error, "cause") else error
+            raise cause if isinstance(cause, ValueError) else error from None
+        except ray.exceptions.ActorDiedError as error:
+            text = str(error)
+            if "ConfigError" in text:  # the constructor's own sentence lies at the end of Ray's report
+                raise ConfigError(text.rsplit("ConfigError:", 1)[1].strip().splitlines()[0]) from None
+            raise
+
+    @property
+    def size(self) -> int:
+        return len(self._idle) + len(self._running)
+
+    @property
+    def free(self) -> int:
+        return len(self._idle)
+
+    @property
+    def busy(self) -> int:
+        return len(self._running)
+
+    def put(self, value: Any) -> Any:
+        """Share a large value with all workers; pass what comes back as an argument."""
+        return ray.put(value)
+
+    def submit(self, job: Job) -> None:
+        worker = self._idle.pop()
+        job.attempts += 1
+        reference = getattr(worker, job.method).remote(*job.args)
+        self._running[reference] = (worker, job)
+
+    def wait(self, timeout: float | None = None) -> list[Job]:
+        """Finished jobs; empty after `timeout` seconds. A job whose worker died goes on the worker that replaces it."""
+        ready, _ = ray.wait(list(self._running), timeout=timeout)
+        finished = []
+        for reference in ready:
+            worker, job = self._running.pop(reference)
+            self._idle.append(worker)  # max_restarts: the handle outlives its process
+            try:
+                job.result = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                job.error = " ".join(str(error.cause).split())[:300] or type(error.cause).__name__
+            except ray.exceptions.RayActorError:
+                if job.attempts <= RETRIES:
+                    self.submit(job)
+                    continue
+                job.error = f"its worker died {job.attempts} times"
+            finished.append(job)
+        return finished
+
+    def run(self, jobs: list[Job], done: Callable[[Job], None] = lambda job: None) -> list[Job]:
+        """All jobs, as many at a time as there are workers, in their order. JobFailed when one fails."""
+        waiting = list(jobs)
+        while waiting or self._running:
+            while waiting and self._idle:
+                self.submit(waiting.pop(0))
+            for job in self.wait():
+                if job.error:
+                    raise JobFailed(f"{job.method} failed: {job.error}")
+                done(job)
+        return jobs
+
+    def close(self) -> None:
+        ray.shutdown()

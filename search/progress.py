@@ -1,0 +1,58 @@
+"""What a person sees while a search runs: a live view on a terminal, plain lines elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Display:
+    """One bar for the trials, one for confirm, and lines for what happens. Writes to stderr."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description:>8}"), BarColumn(24), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self._task = None
+        self._images, self._seconds, self._started = 0, 0.0, time.monotonic()
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        self.console.print(f"[dim]{time.monotonic() - self._started:6.0f} s[/dim]  {line}")
+
+    def stage(self, name: str, total: int) -> None:
+        self._task = self._bar.add_task(name, total=total, note="")
+        self.say(f"{name}: {total} to measure")
+
+    def advance(self) -> None:
+        if self._task is not None:
+            self._bar.advance(self._task)
+
+    def tick(self) -> None:
+        self._bar.refresh()
+
+    def trials(self, done: int, total: int, standing: dict[str, float], images: int, seconds: float) -> None:
+        self._images, self._seconds = self._images + images, self._seconds + seconds
+        if self._task is None:
+            self._task = self._bar.add_task("search", total=total, note="")
+        note = ""
+        if standing:
+            note = (
+                f"alignment {standing['best_alignment']:.3f}  quality {standing['best_quality']:.3f}  "
+                f"speed {standing['best_speedup']:.2f}x  "
+                f"hypervolume {standing['hypervolume']:.2f}  failed {standing['failed']:.0f}"
+            )
+            if self._seconds:
+                note += f"  {self._images / self._seconds:.0f} images/s"
+        self._bar.update(self._task, completed=done, note=note)
+        if not self.console.is_terminal and standing:
+            self.say(f"{done}/{total} trials  {note}")

@@ -1,0 +1,185 @@
+"""What a person looks at after a search: the front as a picture, the picks beside the unmodified model, and a page."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .confirm import load_confirmed
+from .front import Confirmed, Point
+from .run_directory import RunDirectory
+from .worker import read_prompts
+
+_INK, _GREY, _BLUE, _ORANGE = "#1f2430", "#a9b0bd", "#2563c9", "#d9621c"
+
+
+def draw_front(
+    points: list[Point], front: list[Point], baseline: Point, confirmed: list[Confirmed], margin: float, path: Path
+) -> None:
+    """Alignment against speed: what the search saw on the left, what held on new prompts on the right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.9), sharey=False, layout="constrained")
+    members = {p.key for p in front}
+
+    def place(p: Point) -> tuple[float, float]:
+        return baseline.latency / p.latency, 100 * (p.alignment - baseline.alignment)
+
+    others = [place(p) for p in points if p.key not in members]
+    if others:
+        left.scatter(*zip(*others, strict=True), s=22, color=_GREY, label="trials", linewidths=0)
+    on_front = sorted(place(p) for p in front)
+    left.plot(*zip(*on_front, strict=True), "o", ms=6, color=_BLUE, label="front (with quality as third objective)")
+    for p in points:
+        if p.anchor:
+            left.plot(*place(p), "D", ms=7, mfc="none", mec=_INK, label="anchors" if p.name == "unmodified" else None)
+    left.set_title("Search prompts: what the search saw", loc="left", fontsize=11, color=_INK)
+    left.set_xlabel("predicted speed-up")
+    left.set_ylabel("alignment against the unmodified model, points")
+
+    right.axhspan(-100 * margin, 0, color=_GREY, alpha=0.25, lw=0)
+    right.annotate(
+        f"margin {100 * margin:.1f} points",
+        (0.995, -100 * margin),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color=_INK,
+    )
+    right.plot(1, 0, "*", ms=13, color=_INK)
+    right.annotate("unmodified", (1, 0), xytext=(-6, 6), textcoords="offset points", fontsize=9, ha="right")
+    for c in confirmed:
+        low, high = 100 * (c.alignment.delta - c.alignment.low), 100 * (c.alignment.high - c.alignment.delta)
+        color = _INK if c.anchor else _ORANGE if c.picks else _BLUE
+        right.errorbar(
+            c.speedup,
+            100 * c.alignment.delta,
+            [[low], [high]],
+            fmt="D" if c.anchor else "o",
+            ms=7 if c.picks or c.anchor else 5,
+            color=color,
+            mfc="none" if c.anchor else color,
+            capsize=3,
+            lw=1.2,
+        )
+        label = " / ".join(c.picks) or (c.name if c.anchor else "")
+        right.annotate(
+            label,
+            (c.speedup, 100 * c.alignment.delta),
+            xytext=(7, 6),
+            textcoords="offset points",
+            fontsize=9,
+            color=color,
+            fontweight="bold" if c.picks else "normal",
+        )
+    right.set_title("Held-out prompts, new seeds: what held", loc="left", fontsize=11, color=_INK)
+    right.set_xlabel("measured speed-up")
+    for axis in (left, right):
+        axis.axhline(0, color=_INK, lw=0.8, zorder=0)
+        axis.axvline(1, color=_INK, lw=0.8, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.12, y=0.12)
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, -1.0), max(high, 1.0))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def side_by_side(columns: dict[str, np.ndarray], captions: list[str], path: Path, tile: int = 144) -> None:
+    """A picture with one row per prompt and one column per name, pictures uint8 `(n, h, w, 3)`; small ones enlarged."""
+    font = ImageFont.load_default(15)
+    gutter, head, side = 8, 34, 260
+    height, width = next(iter(columns.values())).shape[1:3]
+    scale = max(1, round(tile / max(height, width)))
+    tall, wide = height * scale, width * scale
+    sheet = Image.new("RGB", (side + len(columns) * (wide + gutter), head + len(captions) * (tall + gutter)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, images) in enumerate(columns.items()):
+        x = side + column * (wide + gutter)
+        draw.text((x, 8), name, fill=_INK, font=font)
+        for row in range(len(captions)):
+            picture = Image.fromarray(images[row]).resize((wide, tall), Image.Resampling.NEAREST)
+            sheet.paste(picture, (x, head + row * (tall + gutter)))
+    for row, caption in enumerate(captions):
+        words, lines = caption.split(), [""]
+        for word in words:
+            if draw.textlength(f"{lines[-1]} {word}", font=font) > side - 16:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        y = head + row * (tall + gutter) + (tall - 19 * len(lines)) / 2
+        draw.multiline_text((8, y), "\n".join(lines), fill=_INK, font=font, spacing=4)
+    sheet.save(path)
+
+
+def draw_comparison(run: RunDirectory, confirmed: list[Confirmed]) -> None:
+    """The picks beside the unmodified model, on held-out prompts, same seeds: one row per kind of prompt."""
+    prompts = read_prompts(run.load_config(), "confirm")
+    rows = list({p.kind: i for i, p in reversed(list(enumerate(prompts[:48])))}.values())[::-1]
+    columns = {"unmodified": run.read_images("confirm-unmodified")[rows]}
+    for c in sorted((c for c in confirmed if c.picks), key=lambda c: c.speedup):
+        columns[f"{'/'.join(c.picks)}  {c.speedup:.2f}x"] = run.read_images(f"confirm-{c.key[:16]}-{c.steps}")[rows]
+    side_by_side(columns, [prompts[i].text for i in rows], run.compare)
+
+
+def _points(interval) -> str:
+    return f"{100 * interval.delta:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def write_report(run: RunDirectory, facts: dict[str, str]) -> None:
+    """`report.md`: what was confirmed, the picks, and what it was measured on."""
+    record, confirmed = load_confirmed(run)
+    config = run.load_config()
+    lines = [f"# {config.name}", ""]
+    picks = [c for c in confirmed if c.picks]
+    if picks:
+        lines.append("Picks, chosen from what held on prompts and seeds that the search never saw:")
+        lines += [""] + [
+            f"* **{' / '.join(c.picks)}** ({c.name}): {c.speedup:.2f}x, alignment {_points(c.alignment)} points"
+            for c in picks
+        ]
+    else:
+        lines.append(
+            "**Nothing beat the unmodified model** on held-out prompts within the margin, so nothing is picked."
+        )
+    lines += [
+        "",
+        "![front](front.png)",
+        "",
+        "![picks beside the unmodified model](compare.png)",
+        "",
+        "## Held-out prompts, new seeds",
+        "",
+    ]
+    names = [config.objectives.alignment, config.objectives.quality, *config.objectives.reported]
+    lines.append("| candidate | steps | speed-up, measured (predicted) | " + " | ".join(names) + " | held | pick |")
+    lines.append("|---|---|---|" + "---|" * (len(names) + 2))
+    for c in confirmed:
+        cells = [_points(c.alignment), _points(c.quality), *(_interval_of(n, c) for n in config.objectives.reported)]
+        held = "yes" if c.holds(record["margin"]) else "no"
+        lines.append(
+            f"| {c.name} | {c.steps} | {c.speedup:.2f}x ({c.predicted_speedup:.2f}x) | "
+            + " | ".join(cells)
+            + f" | {held} | {', '.join(c.picks)} |"
+        )
+    count = confirmed[0].alignment.n if confirmed else 0
+    lines += [
+        "",
+        f"Differences to the unmodified model in points (hundredths of the score), paired by prompt and seed "
+        f"over {count} pictures, with {100 * record['level']:.1f} % intervals: 95 % for all {len(confirmed)} together. "
+        f"A candidate held when neither alignment nor quality can have lost over {100 * record['margin']:.1f} points. "
+        "psnr is the fidelity to the unmodified picture in dB.",
+        "",
+        "## Measured on",
+        "",
+        *(f"* {key}: {value}" for key, value in facts.items()),
+    ]
+    run.write_text(run.report, "\n".join(lines) + "\n")
+
+
+def _interval_of(name: str, confirmed: Confirmed) -> str:
+    interval = confirmed.reported[name]
+    return f"{interval.value:.1f} dB" if name == "psnr" else _points(interval)

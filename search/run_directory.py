@@ -1,0 +1,98 @@
+"""The folder of a run: what lies where, and how it is written so that a kill at any moment leaves it whole."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from ..evaluators import Prompt
+from .config import Config, ConfigError
+
+
+class RunDirectory:
+    """Paths of a run. Files are written beside and renamed into place."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config, self.state = path / "config.yaml", path / "run.json"
+        self.scores, self.policies, self.images = path / "scores", path / "policies", path / "images"
+        self.front, self.compare, self.report = path / "front.png", path / "compare.png", path / "report.md"
+        self.confirmed = path / "confirmed.json"
+
+    @classmethod
+    def open(cls, path: Path, config: Config, resume: bool) -> "RunDirectory":
+        """Create the folder, or find the one to resume. ConfigError for one that is in use, missing or not writable."""
+        run = cls(path)
+        if resume and not run.config.exists():
+            raise ConfigError(f"{path} holds no run to resume; start one without --resume.")
+        if not resume and run.config.exists():
+            raise ConfigError(
+                f"{path} already holds a run; continue it with --resume, or choose another --out or name."
+            )
+        try:
+            for folder in (run.scores, run.policies, run.images):
+                folder.mkdir(parents=True, exist_ok=True)
+            if resume:
+                before = Config.model_validate(yaml.safe_load(run.config.read_text("utf-8")))
+                for section, value in config.searched().items():
+                    if before.searched()[section] != value:
+                        raise ConfigError(
+                            f"{section} differs from the run in {path}; resume with the same, or start another run."
+                        )
+            run.write_text(run.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
+        return run
+
+    @classmethod
+    def existing(cls, path: Path) -> "RunDirectory":
+        if not (path / "config.yaml").exists():
+            raise ConfigError(f"{path} holds no run; accepted: the folder that a search wrote, as runs/reference.")
+        return cls(path)
+
+    def load_config(self) -> Config:
+        return Config.model_validate(yaml.safe_load(self.config.read_text("utf-8")))
+
+    def write_text(self, path: Path, text: str) -> None:
+        beside = path.with_name(path.name + ".new")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+    def write_json(self, path: Path, value: Any) -> None:
+        self.write_text(path, json.dumps(value, indent=2) + "\n")
+
+    def read_state(self) -> dict[str, Any]:
+        return json.loads(self.state.read_text()) if self.state.exists() else {}
+
+    def write_scores(self, name: str, prompts: tuple[Prompt, ...], scores: dict[str, np.ndarray]) -> None:
+        """Per-image scores as `scores/<name>.parquet`: a row per picture with prompt, kind, seed and scores."""
+        table = pd.DataFrame(
+            {
+                "prompt": [p.text for p in prompts],
+                "kind": [p.kind for p in prompts],
+                "seed": [p.seed for p in prompts],
+                **scores,
+            }
+        )
+        beside = self.scores / f"{name}.new"
+        table.to_parquet(beside, index=False)
+        beside.replace(self.scores / f"{name}.parquet")
+
+    def read_scores(self, name: str) -> pd.DataFrame:
+        return pd.read_parquet(self.scores / f"{name}.parquet")
+
+    def write_images(self, name: str, images: np.ndarray) -> None:
+        beside = self.images / f"{name}.new.npz"
+        np.savez_compressed(beside, images=images)
+        beside.replace(self.images / f"{name}.npz")
+
+    def read_images(self, name: str) -> np.ndarray:
+        with np.load(self.images / f"{name}.npz") as stored:
+            return stored["images"]

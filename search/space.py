@@ -1,0 +1,88 @@
+"""The search space: a dozen choices that together spell a policy and a number of steps."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import optuna
+
+from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
+from ..policies.policy import ModelIdentity
+from .config import Space
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a trial measures: a policy, obeyed for so many steps."""
+
+    policy: BlockPolicy
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """Equal for two encodings of the same behaviour."""
+        return f"{self.policy.digest}-{self.steps}"
+
+
+def bands(space: Space, num_blocks: int) -> list[tuple[int, ...]]:
+    """Neighbouring blocks in `space.bands` groups of nearly equal size."""
+    count = min(space.bands, num_blocks)
+    edges = [round(i * num_blocks / count) for i in range(count + 1)]
+    return [tuple(range(a, b)) for a, b in pairwise(edges)]
+
+
+def distributions(space: Space, num_blocks: int) -> dict[str, optuna.distributions.BaseDistribution]:
+    """Optuna's view of the space. Actions are categorical (ordinal ones mislead TPE), scales lie on a log axis."""
+    categorical, real = optuna.distributions.CategoricalDistribution, optuna.distributions.FloatDistribution
+    choices: dict[str, optuna.distributions.BaseDistribution] = {
+        "steps": categorical(space.steps),
+        "operand": categorical(space.operands),
+        "text_until": categorical(space.text_until),
+        "reuse_from": categorical(space.reuse_from),
+    }
+    for i in range(len(bands(space, num_blocks))):
+        choices[f"scale_{i}"] = real(1.0, space.max_scale, log=True)
+        choices[f"reuse_{i}"] = categorical((1, *space.reuse_every))
+    if space.skip:
+        choices["skip"] = categorical((-1, *range(num_blocks)))
+        choices["skip_from"] = categorical((0.25, 0.5, 0.75))
+    return choices
+
+
+def candidate(params: dict[str, Any], space: Space, model: ModelIdentity, name: str) -> Candidate:
+    """The policy that `params` spell. A scale within 2 % of 1 is no action; a skipped block does nothing else."""
+    skipped = params.get("skip", -1)
+    rules = []
+    for i, blocks in enumerate(bands(space, model.num_blocks)):
+        acting = tuple(block for block in blocks if block != skipped)
+        if not acting:
+            continue
+        scale = round(params[f"scale_{i}"], 3)
+        if scale > 1.02:
+            action = ScaleText(operand=params["operand"], scale=scale)
+            rules.append(Rule(blocks=acting, window=(0.0, params["text_until"]), action=action))
+        if params[f"reuse_{i}"] > 1:
+            action = Reuse(every=params[f"reuse_{i}"])
+            rules.append(Rule(blocks=acting, window=(params["reuse_from"], 1.0), action=action))
+    if skipped >= 0:
+        rules.append(Rule(blocks=(skipped,), window=(params["skip_from"], 1.0), action=Skip()))
+    return Candidate(BlockPolicy(name=name, model=model, rules=tuple(rules)), params["steps"])
+
+
+def anchors(space: Space, num_blocks: int) -> dict[str, dict[str, Any]]:
+    """Known points of the space, measured first: parameters by the name they are reported under."""
+    count = len(bands(space, num_blocks))
+    plain = {"steps": space.steps[0], "operand": space.operands[0], "text_until": space.text_until[-1]}
+    plain |= {"reuse_from": space.reuse_from[len(space.reuse_from) // 2]}
+    plain |= {f"scale_{i}": 1.0 for i in range(count)} | {f"reuse_{i}": 1 for i in range(count)}
+    if space.skip:
+        plain |= {"skip": -1, "skip_from": 0.5}
+    points = {"unmodified": plain}
+    points |= {f"{steps} steps": plain | {"steps": steps} for steps in space.steps[1:]}
+    for every in space.reuse_every[-2:]:
+        points[f"late reuse {every}"] = plain | {f"reuse_{i}": every for i in range(count)}
+    louder = "value" if "value" in space.operands else space.operands[0]
+    points["all text up"] = (
+        plain | {"operand": louder} | {f"scale_{i}": min(1.25, space.max_scale) for i in range(count)}
+    )
+    return points

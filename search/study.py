@@ -1,0 +1,249 @@
+"""The search: Optuna proposes in this process, workers measure, and what is finished survives any kill.
+
+A trial's scores are written before Optuna is told, so a trial is either finished whole or, on resume, run again.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+
+from ..evaluators import CostTable, get
+from ..policies import Plan
+from .config import Config, ConfigError
+from .front import Point, hypervolume, non_dominated
+from .pool import Job, Pool
+from .progress import Display
+from .run_directory import RunDirectory
+from .space import Candidate, anchors, candidate, distributions
+from .tracking import Tracker
+from .worker import Measurement, read_prompts
+
+_STUDY = "blocktune"
+
+
+def study_url(run: RunDirectory, config: Config) -> str:
+    return config.search.storage or f"sqlite:///{run.path.absolute() / 'study.db'}"
+
+
+def open_storage(url: str) -> optuna.storages.RDBStorage:
+    engine: dict[str, Any] = {"connect_args": {"timeout": 30}} if url.startswith("sqlite") else {}
+    return optuna.storages.RDBStorage(url, engine_kwargs=engine)
+
+
+def _sampler(config: Config, seed: int) -> optuna.samplers.BaseSampler:
+    samplers = {
+        # multivariate must be asked for: Optuna 5 leaves it off for several objectives
+        "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, seed=seed),
+        "gp": lambda: optuna.samplers.GPSampler(seed=seed),
+        "nsgaii": lambda: optuna.samplers.NSGAIISampler(population_size=20, seed=seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    return samplers[config.search.sampler]()
+
+
+def point_of(trial: optuna.trial.FrozenTrial) -> Point:
+    """A finished trial on the axes."""
+    alignment, quality, latency = trial.values
+    name = trial.user_attrs.get("anchor") or f"trial {trial.number}"
+    attrs = trial.user_attrs
+    return Point(name, alignment, quality, latency, attrs["key"], attrs["steps"], bool(attrs.get("anchor")))
+
+
+def feasible(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [t for t in complete if all(v <= 0 for v in t.constraints.values())]
+
+
+def check_objectives(config: Config) -> None:
+    """Raise what is wrong with evaluators and prompts before anything is started or written."""
+    objectives = config.objectives
+    for name in (objectives.alignment, objectives.quality, *objectives.reported):
+        evaluator = get(name)
+        if name not in objectives.reported and evaluator.direction != "maximize":
+            raise ConfigError(f"objectives name {name!r}, which is to be minimised; accepted: evaluators to maximise.")
+    for split in ("search", "confirm"):
+        read_prompts(config, split)
+
+
+class Study:
+    """One search in one run directory."""
+
+    def __init__(self, config: Config, run: RunDirectory, pool: Pool, tracker: Tracker, display: Display):
+        self.config, self.run, self.pool, self.tracker, self.display = config, run, pool, tracker, display
+        self.model = pool.description.model
+        self.prompts = read_prompts(config, "search")
+        self._prepare_baseline()
+        self._open()
+
+    def _prepare_baseline(self) -> None:
+        """The unmodified model's pictures and scores, and the cost table: measured once, kept in the run directory."""
+        unmodified = candidate(
+            anchors(self.config.space, self.model.num_blocks)["unmodified"], self.config.space, self.model, "unmodified"
+        )
+        table = self.run.path / "cost_table.json"
+        if not table.exists():
+            self.display.say("measuring the cost of every block")
+            (job,) = self.pool.run([Job("cost_table", ())])
+            self.run.write_text(table, job.result.model_dump_json(indent=2) + "\n")
+        self.costs = CostTable.model_validate_json(table.read_text())
+        if not (self.run.scores / "unmodified.parquet").exists():
+            self.display.say("generating with the unmodified model")
+            (job,) = self.pool.run([Job("measure", (unmodified.policy, unmodified.steps, "search", None))])
+            self.run.write_images("unmodified", job.result.images)
+            self.run.write_scores("unmodified", self.prompts, job.result.scores)
+        images = self.run.read_images("unmodified")
+        self._reference = self.pool.put(images)
+        scores = self.run.read_scores("unmodified")
+        objectives = self.config.objectives
+        latency = self._latency(unmodified)
+        self.baseline = Point(
+            "unmodified",
+            float(scores[objectives.alignment].to_numpy().mean()),
+            float(scores[objectives.quality].to_numpy().mean()),
+            latency,
+            unmodified.key,
+        )
+
+    def _latency(self, chosen: Candidate) -> float:
+        """Predicted seconds of a batch: noise of timing would mislead the sampler; confirm times for real."""
+        return self.costs.predict(Plan.compile(chosen.policy, chosen.steps).kinds)
+
+    def _open(self) -> None:
+        """Create the Optuna study or take it up again: a stored one must be of the same search, its zombies re-run."""
+        space = {
+            k: optuna.distributions.distribution_to_json(d)
+            for k, d in distributions(self.config.space, self.model.num_blocks).items()
+        }
+        what = {"searched": self.config.searched(), "model": self.model.model_dump(mode="json"), "space": space}
+        fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        storage = open_storage(study_url(self.run, self.config))
+        self.study = optuna.create_study(
+            study_name=_STUDY, storage=storage, directions=["maximize", "maximize", "minimize"], load_if_exists=True
+        )
+        known = self.study.user_attrs.get("fingerprint")
+        if known not in (None, fingerprint):
+            raise ConfigError(
+                "the stored study is of another model, space or objective; resume with the same, or start another run."
+            )
+        self.study.set_user_attr("fingerprint", fingerprint)
+        self.study.set_user_attr(
+            "description", {"device": self.pool.description.device, "dtype": self.pool.description.dtype}
+        )
+        trials = self.study.get_trials(deepcopy=False)
+        self.study.sampler = _sampler(self.config, self.config.search.seed + len(trials))
+        enqueued = {t.user_attrs.get("anchor") for t in trials}
+        for name, params in anchors(self.config.space, self.model.num_blocks).items():
+            if name not in enqueued:  # a kill may have come between two of them
+                self.study.enqueue_trial(params, user_attrs={"anchor": name})
+        retried = {t.user_attrs.get("retry_of") for t in trials}
+        for zombie in trials:
+            if zombie.state == TrialState.RUNNING:
+                # one with a reason had failed by itself, and one with a retry was met by a resume that was killed
+                if "reason" not in zombie.user_attrs and zombie.number not in retried:
+                    again = {k: v for k, v in zombie.user_attrs.items() if k == "anchor"} | {"retry_of": zombie.number}
+                    self.study.enqueue_trial(zombie.params, user_attrs=again)
+                self.study.tell(zombie.number, state=TrialState.FAIL)
+        self._known: dict[str, optuna.trial.FrozenTrial] = {t.user_attrs["key"]: t for t in feasible(self.study)}
+
+    def finished(self) -> int:
+        """Trials that count: complete, or failed for a reason of their own and not by a kill."""
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
+        return sum(t.state == TrialState.COMPLETE or "reason" in t.user_attrs for t in trials)
+
+    def search(self) -> None:
+        """Run until the config's number of trials has finished."""
+        total = self.config.search.trials
+        space = distributions(self.config.space, self.model.num_blocks)
+        done = self.finished()
+        self.display.trials(done, total, self._standing(), 0, 0.0)
+        while done < total:
+            while self.pool.free and done + self.pool.busy < total:
+                trial = self.study.ask(space)
+                chosen = candidate(trial.params, self.config.space, self.model, f"trial {trial.number}")
+                if chosen.key in self._known:
+                    self._tell_known(trial, chosen)
+                    done += 1
+                    continue
+                self.pool.submit(
+                    Job("measure", (chosen.policy, chosen.steps, "search", self._reference), (trial, chosen))
+                )
+            if not self.pool.busy:
+                continue
+            for job in self.pool.wait(timeout=1.0):
+                self._tell(job)
+                done += 1
+            self.display.tick()
+
+    def _tell_known(self, trial: optuna.Trial, chosen: Candidate) -> None:
+        """The same behaviour spelled otherwise is one policy: its scores stand."""
+        known = self._known[chosen.key]
+        self._attributes(trial, chosen, known.user_attrs["metrics"] | {"seconds": 0.0})
+        trial.set_user_attr("same_as", known.number)
+        trial.set_constraint("insane_pictures", known.constraints["insane_pictures"])
+        self.tracker.trial(trial.number, trial.params, known.user_attrs["metrics"], chosen.policy, None)
+        self.study.tell(trial, known.values)
+        self._after(trial.number, chosen, 0, 0.0)
+
+    @staticmethod
+    def _attributes(trial: optuna.Trial, chosen: Candidate, metrics: dict[str, float]) -> None:
+        attributes = {"key": chosen.key, "steps": chosen.steps, "metrics": metrics}
+        attributes["policy"] = chosen.policy.model_dump(mode="json", exclude_none=True)
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+
+    def _tell(self, job: Job) -> None:
+        trial, chosen = job.tag
+        measured: Measurement | None = job.result
+        reason = job.error
+        if measured is not None:
+            broken = [name for name, values in measured.scores.items() if not np.isfinite(values).all()]
+            reason = f"{', '.join(broken)} gave scores that are not finite" if broken else None
+        if reason or measured is None:
+            trial.set_user_attr("reason", reason)
+            trial.set_user_attr("policy", chosen.policy.model_dump(mode="json", exclude_none=True))
+            self.tracker.trial(trial.number, trial.params, {}, chosen.policy, reason)
+            self.study.tell(trial, state=TrialState.FAIL)
+            self.display.say(f"trial {trial.number} failed: {reason}")
+            self._after(trial.number, chosen, 0, 0.0)
+            return
+        means = {name: float(values.mean()) for name, values in measured.scores.items()}
+        latency = self._latency(chosen)
+        seconds = measured.generate_seconds + measured.score_seconds
+        metrics = means | {"latency": latency, "speedup": self.baseline.latency / latency, "seconds": seconds}
+        self.run.write_scores(f"trial-{trial.number:04d}", self.prompts, measured.scores)
+        self._attributes(trial, chosen, metrics)
+        before = self.run.read_scores("unmodified")["sane"].to_numpy()
+        insane = float((measured.scores["sane"] < 1).sum() - (before < 1).sum())
+        trial.set_constraint("insane_pictures", insane)
+        self.tracker.trial(trial.number, trial.params, metrics, chosen.policy, None)
+        objectives = self.config.objectives
+        frozen = self.study.tell(trial, [means[objectives.alignment], means[objectives.quality], latency])
+        if insane <= 0:
+            self._known[chosen.key] = frozen
+        self._after(trial.number, chosen, len(measured.images), measured.generate_seconds)
+
+    def _standing(self) -> dict[str, float]:
+        points = [point_of(t) for t in feasible(self.study)]
+        if not points:
+            return {}
+        return {
+            "best_alignment": max(p.alignment for p in points),
+            "best_quality": max(p.quality for p in points),
+            "best_speedup": max(self.baseline.latency / p.latency for p in points),
+            "hypervolume": hypervolume(points, self.baseline),
+            "front": float(len(non_dominated(points))),
+            "failed": float(len(self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))),
+        }
+
+    def _after(self, number: int, chosen: Candidate, images: int, seconds: float) -> None:
+        standing = self._standing()
+        self.tracker.progress(number, standing)
+        self.display.trials(self.finished(), self.config.search.trials, standing, images, seconds)
+
+    def front(self) -> list[Point]:
+        """Non-dominated feasible trials, fastest first."""
+        return non_dominated([point_of(t) for t in feasible(self.study)])

@@ -1,0 +1,154 @@
+"""A worker: one resident pipeline that measures candidates. It knows nothing of Optuna, trials or files."""
+
+import os
+import platform
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..evaluators import CostTable, Prompt, get, load_prompts, measure_cost_table, time_runs
+from ..policies import BlockPolicy
+from ..policies.policy import ModelIdentity
+from .config import Config, ConfigError
+from .generation import embed, generate, load
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Scores per picture `(n,)` by evaluator, the pictures (uint8 `(n, h, w, 3)`), and where the seconds went."""
+
+    scores: dict[str, np.ndarray]
+    images: np.ndarray
+    generate_seconds: float
+    score_seconds: float
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a worker runs on, and the architecture of its model."""
+
+    model: ModelIdentity
+    scheduler: str
+    height: int
+    width: int
+    dtype: str
+    device: str
+    host: str
+    versions: dict[str, str]
+
+
+def read_prompts(config: Config, split: str) -> tuple[Prompt, ...]:
+    """The prompts of `search` or `confirm`, as many as the config asks for."""
+    source, count = getattr(config.prompts, split), getattr(config.prompts, f"{split}_images")
+    if source == "reference":
+        from ..reference import prompts
+
+        return prompts(split)[:count]
+    try:
+        return load_prompts(source)[:count]
+    except OSError as error:
+        raise ConfigError(f"prompts.{split} is {source!r}, which cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"prompts.{split}: {error}.") from None
+
+
+class Worker:
+    """Holds the pipeline, and per split the prompts and their embeddings, made once."""
+
+    def __init__(self, config: Config, dtype: str | None = None):
+        self.config = config
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            torch.set_num_threads(min(config.ray.cpus_per_worker, os.cpu_count() or 1))
+        self.dtype = dtype or config.model.dtype
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if self.device == "cuda" else self._faster_dtype()
+        self.pipe = load(config.model.path, self.device, getattr(torch, self.dtype))
+        self._splits: dict[str, tuple[tuple[Prompt, ...], dict[str, torch.Tensor]]] = {}
+
+    def _faster_dtype(self) -> str:
+        """bfloat16 pays only on CPUs that multiply it natively, so both are timed on two steps of one batch."""
+        seconds = {}
+        for dtype in ("float32", "bfloat16"):
+            self.pipe = load(self.config.model.path, self.device, getattr(torch, dtype))
+            self._splits = {}
+            prompts, embeddings = self._split("search")
+            count = min(len(prompts), self.config.generation.batch)
+            rows = {name: tensor[:count] for name, tensor in embeddings.items()}
+            run = lambda p=prompts[:count], r=rows: generate(self.pipe, p, r, self.config.generation, 2)  # noqa: E731
+            seconds[dtype] = time_runs(run, repeats=3)
+        return min(seconds, key=seconds.__getitem__)
+
+    def _split(self, name: str) -> tuple[tuple[Prompt, ...], dict[str, torch.Tensor]]:
+        if name not in self._splits:
+            prompts = read_prompts(self.config, name)
+            self._splits[name] = (prompts, embed(self.pipe, [p.text for p in prompts], self.config.generation))
+        return self._splits[name]
+
+    def describe(self) -> Description:
+        import diffusers
+        import transformers
+
+        scale = self.pipe.vae_scale_factor
+        size = self.pipe.transformer.config.sample_size * scale
+        device = (
+            torch.cuda.get_device_name()
+            if self.device == "cuda"
+            else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        )
+        return Description(
+            model=ModelIdentity.of(self.pipe),
+            scheduler=type(self.pipe.scheduler).__name__,
+            height=self.config.generation.height or size,
+            width=self.config.generation.width or size,
+            dtype=self.dtype,
+            device=device,
+            host=socket.gethostname(),
+            versions={m.__name__: m.__version__ for m in (torch, diffusers, transformers)}
+            | {"python": platform.python_version()},
+        )
+
+    def measure(self, policy: BlockPolicy, steps: int, split: str, reference: np.ndarray | None) -> Measurement:
+        """The split's pictures under `policy`, scored; `reference` are the unmodified model's pictures."""
+        prompts, embeddings = self._split(split)
+        begin = time.perf_counter()
+        images = generate(self.pipe, prompts, embeddings, self.config.generation, steps, policy)
+        made = time.perf_counter()
+        objectives, scores = self.config.objectives, {}
+        for name in dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane")):
+            evaluator = get(name)
+            compared = reference if reference is not None else images
+            scores[name] = evaluator.score(
+                images, [p.text for p in prompts], compared if evaluator.needs_reference else None
+            )
+        return Measurement(scores, images, made - begin, time.perf_counter() - made)
+
+    def _batch(self, split: str) -> tuple[tuple[Prompt, ...], dict[str, torch.Tensor]]:
+        prompts, embeddings = self._split(split)
+        count = min(len(prompts), self.config.generation.batch)
+        return prompts[:count], {name: tensor[:count] for name, tensor in embeddings.items()}
+
+    def cost_table(self) -> CostTable:
+        """Seconds of every part of a run of one batch; the device must be quiet."""
+        prompts, rows = self._batch("search")
+        steps = self.config.generation.num_inference_steps
+        return measure_cost_table(
+            self.pipe, lambda: generate(self.pipe, prompts, rows, self.config.generation, steps), repeats=3
+        )
+
+    def time(self, candidates: list[tuple[BlockPolicy, int]], repeats: int) -> list[float]:
+        """Measured seconds of one batch under each (policy, steps), taken in turn so that drift hits all alike."""
+        prompts, rows = self._batch("confirm")
+        seconds: list[list[float]] = [[] for _ in candidates]
+        for repeat in range(repeats):
+            for i, (policy, steps) in enumerate(candidates):
+                run = lambda p=policy, s=steps: generate(self.pipe, prompts, rows, self.config.generation, s, p)  # noqa: E731
+                seconds[i].append(time_runs(run, repeats=1, warmup=int(repeat == 0)))
+        return [float(np.median(s)) for s in seconds]
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self, method)(*args)
