@@ -1,0 +1,111 @@
+"""A policy laid out over a run: what each block does at each step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Self, TypeAlias
+
+from .policy import BlockPolicy, Branch, Reuse, Rule, ScaleText, Skip
+
+Kind: TypeAlias = Literal["compute", "skip", "reuse"]
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """What one block does at one step."""
+
+    kind: Kind = "compute"
+    keeps: bool = False  # computes a residual that a later step reuses
+    releases: bool = False  # is the last step to reuse its residual
+    scales: tuple[tuple[Branch, ScaleText], ...] = ()  # that act at this step, in an order of their own
+
+    @property
+    def attends_scaled(self) -> bool:
+        """Whether text is scaled inside the attention."""
+        return any(action.operand != "input" for _, action in self.scales)
+
+    @property
+    def touched(self) -> bool:
+        """False when the block runs as if there were no policy."""
+        return self != BlockStep()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Block calls of a run by what they did; `scaled` ones computed or reused, with the text scaled."""
+
+    computed: int
+    skipped: int
+    reused: int
+    scaled: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each block does at each of the `num_steps` steps of a run that begins at step `start`.
+
+    It covers one call of the transformer per step that holds the whole batch, both halves of guidance included.
+    """
+
+    num_steps: int
+    start: int
+    steps: tuple[tuple[BlockStep, ...], ...]  # steps x blocks; a step before `start` is an empty tuple
+
+    @classmethod
+    def compile(cls, policy: BlockPolicy, num_steps: int, start: int = 0) -> Self:
+        """Lays `policy` out over steps `start` to `num_steps - 1`; a late start, too, starts with nothing cached."""
+        rules: list[list[Rule]] = [[] for _ in range(policy.model.num_blocks)]
+        for rule in policy.rules:
+            if rule.acts:
+                for block in rule.blocks:
+                    rules[block].append(rule)
+        columns = [_block_steps(of_block, num_steps, start) for of_block in rules]
+        empty: tuple[BlockStep, ...] = ()
+        return cls(num_steps, start, (empty,) * start + tuple(zip(*columns, strict=True)))
+
+    @cached_property
+    def kinds(self) -> list[list[Kind]]:
+        """Steps x blocks of what each does; a block that computes with scaled text is "compute"."""
+        return [[block.kind for block in step] for step in self.steps]
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether any block reuses a residual at any step."""
+        return any(block.keeps for step in self.steps for block in step)
+
+    def counts(self) -> Counts:
+        """Block calls of the whole run."""
+        calls = [block for step in self.steps for block in step]
+        kinds = [block.kind for block in calls]
+        scaled = sum(bool(block.scales) for block in calls)
+        return Counts(kinds.count("compute"), kinds.count("skip"), kinds.count("reuse"), scaled)
+
+
+def _block_steps(rules: Sequence[Rule], num_steps: int, start: int) -> list[BlockStep]:
+    """One block's column of the plan, for steps `start` to `num_steps - 1`."""
+    kinds: list[Kind] = []
+    scales: list[tuple[tuple[Branch, ScaleText], ...]] = []
+    computed_at: int | None = None
+    for i in range(start, num_steps):
+        active = [rule for rule in rules if rule.window[0] <= i / num_steps < rule.window[1]]
+        kind: Kind = "compute"
+        for rule in active:
+            if isinstance(rule.action, Skip):
+                kind = "skip"
+            elif isinstance(rule.action, Reuse) and computed_at is not None:
+                every = rule.action.every
+                kind = "reuse" if every is None or i - computed_at < every else "compute"
+        computed_at = i if kind == "compute" else computed_at
+        heard: list[tuple[Branch, ScaleText]] = [
+            (rule.branch, rule.action) for rule in active if isinstance(rule.action, ScaleText)
+        ]
+        # A block that reuses does not attend; only a scale of the running stream acts in front of it.
+        heard = [(b, a) for b, a in heard if kind == "compute" or a.scope == "propagate"]
+        kinds.append(kind)
+        scales.append(tuple(sorted(heard, key=lambda pair: (pair[1].operand, pair[0], pair[1].tokens))))
+    column: list[BlockStep] = []
+    needed = False  # whether a later step reuses the residual that is current at this one
+    for kind, acting in zip(reversed(kinds), reversed(scales), strict=True):
+        column.append(BlockStep(kind, kind == "compute" and needed, kind == "reuse" and not needed, acting))
+        needed = kind == "reuse" or (needed and kind == "skip")
+    return column[::-1]
