@@ -78,47 +78,40 @@ def main() -> None:
     by_kind = {k: share(scores[kinds == k]) for k in KINDS}
     least = max(range(len(removed)), key=lambda b: removed[b].delta)
     n = int((kinds == KINDS[0]).sum())
+
+    def table(head: tuple, rows) -> list[str]:
+        cells = [head, ("---",) * len(head), *rows]
+        return ["", *("| " + " | ".join(str(c) for c in row) + " |" for row in cells), ""]
+
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    sizes = [(n, type(m := getattr(pipe, n)).__name__, f"{sum(p.numel() for p in m.parameters()):,}") for n in parts]
+    steps, guidance = SAMPLING["num_inference_steps"], SAMPLING["guidance_scale"]
     lines = [
         "# The reference model",
         "",
-        "A Stable Diffusion 3 pipeline small enough to ship: 48x48 pictures of coloured shapes on grey ground. It exists so that",
-        "a search runs anywhere, offline, on a model that was really trained and makes the mistakes real models make.",
+        "A Stable Diffusion 3 pipeline small enough to ship: 48x48 pictures of coloured shapes on grey ground. It",
+        "exists so that a search runs anywhere, offline, on a model that was really trained and errs as real ones do.",
+        *table(("part", "class", "parameters"), sizes),
+        f"**Data and recipe.** {int(training['scenes']):,} drawn scenes in six kinds; every attribute word of a",
+        f"caption is wrong with probability {training['caption_noise']}; stochastic depth; rectified flow, AdamW.",
+        f"{training['steps']} steps of {training['batch']} pictures, {training['vae_steps']} of the autoencoder,",
+        f"seed {training['seed']}, on {training['device']}, torch {training['torch']}. Retrain with",
+        "`python -m blocktune.reference.train`; `python -m blocktune.reference.card` writes this page.",
         "",
-        "| part | class | parameters |",
-        "|---|---|---|",
-        *(
-            f"| {name} | {type(getattr(pipe, name)).__name__} | {sum(p.numel() for p in getattr(pipe, name).parameters()):,} |"
-            for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+        f"**Scores**: confirm split, {steps} steps, guidance {guidance}, float32; right pictures in percent, by",
+        f"GenEval's rules and the exact judge, 95 % intervals, {n} pictures a kind.",
+        *table(("overall", *KINDS), [(share(scores), *by_kind.values())]),
+        f"Dense score {share(soft)}; crispness {share(crisp.score(images, texts))}.",
+        f"With T5 padded to SD3's default of 256 tokens, first {REMOVED_ON} pictures:",
+        f"{share(binary.score(long, texts[:REMOVED_ON]))} right, against",
+        f"{share(scores[:REMOVED_ON])} at {SAMPLING['max_sequence_length']} tokens. The judge is right on",
+        f"{100 * np.mean(truth):.1f} % of true renderings (worst kind {100 * min(truth):.1f} %).",
+        *table(("guidance", "right", "dense"), [(g, f"{100 * b:.1f}", f"{100 * d:.1f}") for g, b, d in rows]),
+        f"**One block removed**, all steps: dense score, points, {REMOVED_ON} pictures. Least: block {least}.",
+        *table(
+            ("block", "difference"),
+            [(b, f"{100 * i.delta:+.1f} [{100 * i.low:+.1f}, {100 * i.high:+.1f}]") for b, i in enumerate(removed)],
         ),
-        "",
-        f"**Data and recipe.** {int(training['scenes']):,} drawn scenes in six kinds; every attribute word of a caption is wrong with",
-        f"probability {training['caption_noise']}; stochastic depth; rectified flow, AdamW, averaged weights. {training['steps']} steps of "
-        f"{training['batch']}",
-        f"pictures after {training['vae_steps']} of the autoencoder, seed {training['seed']}, on {training['device']}, torch {training['torch']}.",
-        "Retrain: `python -m blocktune.reference.train`; this page: `python -m blocktune.reference.card`.",
-        "",
-        f"**Scores**, confirm split, {SAMPLING['num_inference_steps']} steps, guidance {SAMPLING['guidance_scale']}, float32; right pictures in percent",
-        f"(GenEval's rules, exact judge) with 95 % intervals, {n} pictures a kind.",
-        "",
-        "| " + " | ".join(("overall", *KINDS)) + " |",
-        "|" + "---|" * (len(KINDS) + 1),
-        f"| {share(scores)} | " + " | ".join(by_kind.values()) + " |",
-        "",
-        f"Dense score {share(soft)}; crispness {share(crisp.score(images, texts))}. With T5 padded to SD3's default of 256 tokens, first "
-        f"{REMOVED_ON}",
-        f"pictures: {share(binary.score(long, texts[:REMOVED_ON]))} right against {share(scores[:REMOVED_ON])} at {SAMPLING['max_sequence_length']} tokens.",
-        f"The judge itself is right on {100 * np.mean(truth):.1f} % of true renderings (worst kind {100 * min(truth):.1f} %).",
-        "",
-        "| guidance | right | dense |",
-        "|---|---|---|",
-        *(f"| {g} | {100 * b:.1f} | {100 * d:.1f} |" for g, b, d in rows),
-        "",
-        f"**One block removed**, all steps, dense score, points, {REMOVED_ON} pictures. Least important: block {least}.",
-        "",
-        "| block | difference |",
-        "|---|---|",
-        *(f"| {b} | {100 * i.delta:+.1f} [{100 * i.low:+.1f}, {100 * i.high:+.1f}] |" for b, i in enumerate(removed)),
-        "",
         f"Measured on {platform.machine()} {args.device}, torch {torch.__version__}.",
     ]
     (WEIGHTS / "README.md").write_text("\n".join(lines) + "\n")
