@@ -115,6 +115,7 @@ def new_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
             d_model=192,
             d_kv=32,
             d_ff=384,
+            dropout_rate=0.0,
             num_layers=1,
             num_heads=3,
             feed_forward_proj="gated-gelu",

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from diffusers import StableDiffusion3Pipeline
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .pipeline import T5_TOKENS, WEIGHTS, new_pipeline
+from .pipeline import CLIP_TOKENS, T5_TOKENS, WEIGHTS, new_pipeline
 from .scenes import (
     COLORS,
     GROUND,
@@ -39,7 +40,8 @@ from .scenes import (
 KIND_SHARES = {"single": 0.08, "colors": 0.12, "counting": 0.2, "two": 0.15, "position": 0.25, "attribution": 0.2}
 DROP_BLOCK = 0.08  # stochastic depth (Huang et al. 2016), a block at a time for the whole batch
 DROP_CAPTION = 0.1  # empty prompts, for classifier-free guidance
-FULL_T5 = 0.02  # share of batches with T5 padded to SD3's default of 256 tokens
+FULL_T5, FULL_T5_TOKENS = 0.02, 256  # share of batches with T5 padded to SD3's default
+READINGS = 8  # noisy captions per scene
 
 
 def misread(request: Request, chance: float, rng: np.random.Generator) -> Request:
@@ -123,7 +125,7 @@ def train_autoencoder(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, 
 
 @torch.no_grad()
 def encode_scenes(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, progress: Progress):
-    """The training set: requests and their latents `(n, 8, 12, 12)`, normalised by the scale in the VAE's config."""
+    """The training set: requests and latents `(n, 8, 12, 12)`, normalised by the scale written to the VAE's config."""
     requests, scenes = sample_pairs(args.scenes, np.random.default_rng((args.seed, 2)))
     bar = progress.add_task("latents", total=args.scenes, note="")
     parts = []
@@ -135,6 +137,38 @@ def encode_scenes(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, prog
     shift, scale = latents.mean().item(), 1.0 / latents.std().item()
     pipe.vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     return requests, (latents - shift) * scale
+
+
+class Captions:
+    """Noisy captions as token ids: few different sentences exist, so each is tokenised once."""
+
+    def __init__(self, pipe: StableDiffusion3Pipeline, requests: list[Request], args: argparse.Namespace):
+        rng = np.random.default_rng((args.seed, 4))
+        known: dict[str, int] = {"": 0}
+        # every scene has as many readings as it may be met with, each wrong in its own way
+        self.rows = torch.tensor(
+            [
+                [known.setdefault(prompt_of(misread(r, args.caption_noise, rng)), len(known)) for _ in range(READINGS)]
+                for r in requests
+            ],
+            device=args.device,
+        )  # (scenes, readings), into the tables of token ids
+        texts = list(known)
+        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        self.clip = pipe.tokenizer(texts, max_length=CLIP_TOKENS, **padded).input_ids.to(args.device)
+        self.t5 = {
+            length: pipe.tokenizer_3(texts, max_length=length, **padded).input_ids.to(args.device)
+            for length in (T5_TOKENS, FULL_T5_TOKENS)
+        }
+
+    def encode(self, pipe: StableDiffusion3Pipeline, rows: torch.Tensor, length: int):
+        """What `pipe.encode_prompt` gives for them: text `(batch, 14 + length, 192)`, pooled `(batch, 192)`."""
+        towers = [
+            tower(self.clip[rows], output_hidden_states=True) for tower in (pipe.text_encoder, pipe.text_encoder_2)
+        ]
+        clip = torch.cat([t.hidden_states[-2] for t in towers], dim=-1)
+        text = torch.cat([clip, pipe.text_encoder_3(self.t5[length][rows])[0]], dim=1)
+        return text, torch.cat([t.text_embeds for t in towers], dim=-1)
 
 
 def train_transformer(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, progress: Progress) -> None:
@@ -158,6 +192,7 @@ def train_transformer(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, 
         done = state["done"]
     if done < args.steps:
         requests, latents = encode_scenes(pipe, args, progress)
+        captions = Captions(pipe, requests, args)
         torch._dynamo.config.recompile_limit = 4 * len(pipe.transformer.transformer_blocks)  # each block compiles alone
         for block in pipe.transformer.transformer_blocks:
             block.compile(dynamic=False)
@@ -167,34 +202,30 @@ def train_transformer(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, 
         save(path, state | {"done": done})
 
     bar = progress.add_task("transformer", total=args.steps, completed=done, note="")
-    saved, losses = time.monotonic(), []
+    saved, losses, falling = time.monotonic(), [], False
     last = len(pipe.transformer.transformer_blocks) - 1
     while done < args.steps:
         rng = np.random.default_rng((args.seed, 3, done))
         torch.manual_seed(args.seed * 1_000_003 + done)
+        if args.minutes and not falling and time.monotonic() - args.started > 48 * args.minutes:
+            falling = True  # four fifths of the time are gone
+            args.steps = min(args.steps, round(1 + done / 0.8))
         # warm up, stay, and fall over the last fifth: a run may be ended early by a smaller --steps
         rate = args.lr * min(1.0, (done + 1) / 200, (args.steps - done) / (0.2 * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows = rng.integers(len(requests), size=args.batch)
-        captions = [
-            "" if rng.random() < DROP_CAPTION else prompt_of(misread(requests[i], args.caption_noise, rng))
-            for i in rows
-        ]
-        length = 256 if rng.random() < FULL_T5 else T5_TOKENS
-        clean = latents[torch.from_numpy(rows).to(latents.device)]
+        rows = torch.from_numpy(rng.integers(len(latents), size=args.batch)).to(args.device)
+        chosen = captions.rows[rows, torch.from_numpy(rng.integers(READINGS, size=args.batch)).to(args.device)]
+        chosen = torch.where(torch.rand(args.batch, device=chosen.device) < DROP_CAPTION, 0, chosen)
+        full = rng.random() < FULL_T5
+        # the long form is rare: not worth graphs of its own
+        stance = torch.compiler.set_stance("force_eager") if full else nullcontext()
+        clean = latents[rows]
         noise = torch.randn_like(clean)
         sigma = torch.sigmoid(torch.randn(args.batch, device=clean.device))
         mix = sigma.view(-1, 1, 1, 1)
-        with torch.autocast(clean.device.type, torch.bfloat16, enabled=clean.device.type == "cuda"):
-            text, _, pooled, _ = pipe.encode_prompt(
-                captions,
-                captions,
-                captions,
-                device=clean.device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=length,
-            )
+        with stance, torch.autocast(clean.device.type, torch.bfloat16, enabled=clean.device.type == "cuda"):
+            text, pooled = captions.encode(pipe, chosen, FULL_T5_TOKENS if full else T5_TOKENS)
             velocity = pipe.transformer(
                 (1 - mix) * clean + mix * noise,
                 text,
@@ -236,7 +267,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--caption-noise", type=float, default=0.15, help="chance that an attribute word is wrong")
+    parser.add_argument("--minutes", type=float, help="end within so many minutes, with fewer steps if need be")
     args = parser.parse_args()
+    args.started = time.monotonic()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     pipe = new_pipeline()
@@ -248,14 +281,13 @@ def main() -> None:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    started = time.monotonic()
     with Progress(*columns, refresh_per_second=0.5) as progress:
         train_autoencoder(pipe, args, progress)
         train_transformer(pipe, args, progress)
     pipe.to("cpu", torch.bfloat16)
     pipe.save_pretrained(str(args.out), safe_serialization=True)
-    record = {k: str(v) for k, v in vars(args).items() if k not in ("out", "work")}
-    record |= {"seconds": round(time.monotonic() - started), "torch": torch.__version__}
+    record = {k: str(v) for k, v in vars(args).items() if k not in ("out", "work", "started")}
+    record |= {"seconds": round(time.monotonic() - args.started), "torch": torch.__version__}
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"saved {args.out}")
 
