@@ -39,18 +39,28 @@ def register(name: str, target: Target) -> None:
 
 
 def get(name: str) -> Evaluator:
-    """The evaluator of that name, made on first use and kept: weights are loaded once per process."""
-    if name not in _targets:
-        raise UnknownEvaluator(f"evaluator is {name!r}; accepted: {', '.join(names())}")
+    """The evaluator of that name, made on first use and kept: weights are loaded once per process.
+
+    A name spelled `module:object` needs no registration, so that a process of its own, as a worker, finds it too.
+    """
     if name not in _made:
-        target = _targets[name]
+        target = _targets.get(name, name)
         if isinstance(target, str):
-            module, _, attribute = target.partition(":")
-            target = getattr(import_module(module), attribute)
+            target = _found(target)
         evaluator = target()
         if not isinstance(evaluator, Evaluator):
-            raise TypeError(f"{_targets[name]} made a {type(evaluator).__name__}, which lacks a part of Evaluator")
-        if evaluator.name != name:
+            raise TypeError(f"{name} made a {type(evaluator).__name__}, which lacks a part of Evaluator")
+        if name in _targets and evaluator.name != name:
             raise ValueError(f"evaluator registered as {name!r} calls itself {evaluator.name!r}; accepted: one name")
         _made[name] = evaluator
     return _made[name]
+
+
+def _found(target: str) -> Callable[[], Evaluator]:
+    module, colon, attribute = target.partition(":")
+    if not (module and colon and attribute):
+        raise UnknownEvaluator(f"evaluator is {target!r}; accepted: {', '.join(names())}, or module:object")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnknownEvaluator(f"evaluator is {target!r}, which cannot be found: {error}") from None

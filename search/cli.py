@@ -88,7 +88,7 @@ def _search(config, path: Path, resume: bool, confirm_only: bool) -> None:
             finished = study.finished()
             facts = {
                 "device": f"{described.device}, {described.dtype}",
-                "workers": f"{pool.size} on {len(set(pool.hosts))} host(s)",
+                "workers": f"{pool.size} on {len(set(pool.nodes))} node(s)",
                 "versions": ", ".join(f"{k} {v}" for k, v in described.versions.items()),
                 "search": f"{finished} trials of {config.prompts.search_images} pictures",
                 "sampler": f"{config.search.sampler}, seed {config.search.seed}",

@@ -69,13 +69,13 @@ class Pool:
                 f"ray.workers is {count}; the cluster has room for {room} (cpus_per_worker {cpus}, GPUs {gpus:g} each)."
             )
         # SPREAD: one worker per node before a second on any
-        actor = ray.remote(Worker).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=0, scheduling_strategy="SPREAD"
+        self._actor = ray.remote(Worker).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
         )
-        first = actor.remote(self.config, dtype)
+        first = self._actor.remote(self.config, dtype)
         self.description: Description = self._described(first)  # settles the dtype for all
-        rest = [actor.remote(self.config, self.description.dtype) for _ in range(count - 1)]
-        self.hosts = [self.description.host] + [self._described(worker).host for worker in rest]
+        rest = [self._actor.remote(self.config, self.description.dtype) for _ in range(count - 1)]
+        self.nodes = [self.description.node] + [self._described(worker).node for worker in rest]
         self._idle = [first, *rest]
         self._running: dict[Any, tuple[Any, Job]] = {}
 
@@ -120,16 +120,20 @@ class Pool:
         finished = []
         for reference in ready:
             worker, job = self._running.pop(reference)
-            self._idle.append(worker)  # max_restarts: the handle outlives its process
             try:
                 job.result = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 job.error = " ".join(str(error.cause).split())[:300] or type(error.cause).__name__
             except ray.exceptions.RayActorError:
+                # a new actor, not Ray's restart: calls to one that restarts fail at once instead of waiting for it
+                ray.kill(worker)
+                worker = self._actor.remote(self.config, self.description.dtype)
                 if job.attempts <= RETRIES:
+                    self._idle.append(worker)
                     self.submit(job)
                     continue
                 job.error = f"its worker died {job.attempts} times"
+            self._idle.append(worker)
             finished.append(job)
         return finished
 

@@ -1,6 +1,7 @@
 """MLflow from the driver: a parent run for the search and a child run per trial. A tracker that fails warns, once."""
 
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ class Tracker:
                 params=[Param(k, str(v)) for k, v in params.items()],
             )
             if policy is not None:
-                self._client.log_dict(run, policy.model_dump(mode="json", exclude_none=True), "policy.json")
+                with tempfile.TemporaryDirectory() as folder:
+                    policy.save(file := Path(folder) / "policy.json")
+                    self._client.log_artifact(run, str(file))
             self._client.set_terminated(run, "FAILED" if reason else "FINISHED")
 
         self._attempt(write)

@@ -2,12 +2,11 @@
 
 import os
 import platform
-import socket
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from ..evaluators import CostTable, Prompt, get, load_prompts, measure_cost_table, time_runs
@@ -37,7 +36,7 @@ class Description:
     width: int
     dtype: str
     device: str
-    host: str
+    node: str  # Ray's id: nodes of one machine share its name
     versions: dict[str, str]
 
 
@@ -107,7 +106,7 @@ class Worker:
             width=self.config.generation.width or size,
             dtype=self.dtype,
             device=device,
-            host=socket.gethostname(),
+            node=ray.get_runtime_context().get_node_id(),
             versions={m.__name__: m.__version__ for m in (torch, diffusers, transformers)}
             | {"python": platform.python_version()},
         )
@@ -149,6 +148,3 @@ class Worker:
                 run = lambda p=policy, s=steps: generate(self.pipe, prompts, rows, self.config.generation, s, p)  # noqa: E731
                 seconds[i].append(time_runs(run, repeats=1, warmup=int(repeat == 0)))
         return [float(np.median(s)) for s in seconds]
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self, method)(*args)

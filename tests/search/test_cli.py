@@ -1,0 +1,52 @@
+"""A person's mistakes at the command line: exit code 2 and one line on stderr."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from blocktune.search.cli import main
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no config file": (["search", "missing.yaml"], "missing.yaml cannot be read"),
+    "nothing to resume": (["search", "--resume", "--out", "nowhere"], "holds no run to resume"),
+    "bad value": (["search", "--set", "search.trials=-1"], "search.trials is -1"),
+    "unknown evaluator": (["search", "--set", "objectives.quality=beauty"], "evaluator is 'beauty'"),
+    "evaluator not found": (["search", "--set", "objectives.quality=no_such:Thing"], "no_such"),
+    "no prompts": (["search", "--set", "prompts.search=none.jsonl"], "prompts.search is 'none.jsonl'"),
+    "status of nothing": (["status", "nowhere"], "nowhere holds no run"),
+    "front of nothing": (["front", "nowhere"], "nowhere holds no run"),
+    "confirm of nothing": (["confirm", "nowhere"], "nowhere holds no run"),
+    "export of nothing": (["export", "nowhere"], "nowhere holds no run"),
+    "empty prompt": (["generate", "--prompt", " "], "--prompt is empty"),
+    "no policy": (["generate", "--prompt", "a ring", "--policy", "none.json"], "none.json"),
+    "evaluate nothing": (["evaluate", "none.json"], "none.json"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_sentence(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments, told = MISTAKES[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["blocktune", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    stderr = capfd.readouterr().err
+    assert stderr.startswith("blocktune: ")
+    assert told in stderr
+    assert len(stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_prompts_that_are_not_json_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("a photo\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["blocktune", "search", "--set", "prompts.confirm=bad.jsonl"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "prompts.confirm: bad.jsonl:1 is not JSON" in capfd.readouterr().err

@@ -1,0 +1,64 @@
+"""Defaults, then the file, then `--set`; mistakes are one sentence that names field and value."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from blocktune.search.config import Config, ConfigError, load_config
+
+
+def test_every_field_has_a_default() -> None:
+    assert load_config(None, []) == Config()
+    assert Config().model.path == "reference"
+
+
+def test_set_beats_the_file_and_the_file_beats_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("search: {trials: 7, seed: 3}\n")
+    config = load_config(file, ["search.trials=9", "space.steps=[8, 6]", "mlflow.uri=http://host:5000/a=b"])
+    assert (config.search.trials, config.search.seed) == (9, 3)
+    assert config.space.steps == (8, 6)
+    assert config.mlflow.uri == "http://host:5000/a=b"
+
+
+def test_a_config_goes_through_yaml_unchanged() -> None:
+    config = load_config(None, ["space.bands=6", "ray.address=auto"])
+    assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_budget_and_cluster_do_not_make_another_search() -> None:
+    same = load_config(None, ["search.trials=9", "ray.workers=3", "confirm.candidates=2", "name=other"])
+    assert same.searched() == Config().searched()
+    assert load_config(None, ["space.bands=6"]).searched() != Config().searched()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("search.trials", "accepted: key=value"),
+        ("search.trials=0", "search.trials is 0"),
+        ("search.trials=many", "search.trials is 'many'"),
+        ("search.trails=3", "search.trails is not a field"),
+        ("name.first=x", "name is a value"),
+        ("search.sampler=best", "search.sampler is 'best'"),
+        ("space.steps=[", "not a YAML value"),
+        ("name=../up", "name is '../up'"),
+        ("space.max_scale=1", "space.max_scale is 1"),
+        ("model.dtype=float8", "model.dtype is 'float8'"),
+    ],
+)
+def test_a_mistake_names_field_and_value(tmp_path: Path, override: str, told: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("name: here\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(file, [override])
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "just words\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml (holds|is not valid)"):
+        load_config(file, [])

@@ -1,0 +1,280 @@
+"""Kills, dying workers, broken evaluators, full disks: what is finished stays, and the search goes on or says why."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from .conftest import until
+
+TRIALS = 9
+
+
+def trials_of(run: Path) -> list[FrozenTrial]:
+    return optuna.load_study(study_name="blocktune", storage=f"sqlite:///{run / 'study.db'}").get_trials()
+
+
+def finished(run: Path) -> dict[int, Any]:
+    """Numbers of the trials that count, with what they ended as."""
+    return {
+        t.number: (t.state, t.values, t.user_attrs.get("reason"), t.datetime_complete)
+        for t in trials_of(run)
+        if t.state == TrialState.COMPLETE or "reason" in t.user_attrs
+    }
+
+
+def sentence(stderr: str) -> str:
+    """The one line that a person is told; no traceback."""
+    assert "Traceback" not in stderr
+    told = [line for line in stderr.splitlines() if line.startswith("blocktune: ")]
+    assert len(told) == 1, stderr
+    return told[0]
+
+
+# One search: stopped by Ctrl-C, killed by -9 among faults of workers and evaluators, and brought to its end.
+
+
+@pytest.fixture(scope="module")
+def world(new_world: Callable[..., Any]) -> Any:
+    # scoring 1 is the unmodified model; a worker's death is retried, so 4 and 5, 6 are one trial's faults each
+    return new_world(trials=TRIALS, faults={3: "die", 5: "die", 6: "die", 7: "raise", 8: "nan"})
+
+
+@pytest.fixture(scope="module")
+def run(world: Any) -> Path:
+    return world.folder / "run"
+
+
+@pytest.fixture(scope="module")
+def interrupted(world: Any, run: Path) -> dict[int, Any]:
+    driver = world.start("search", world.config, "--out", run)
+    log = world.folder / "stderr.txt"
+    until(lambda: f"1/{TRIALS} trials" in log.read_text() or driver.poll() is not None, 120, "a trial")
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(60) == 130, (world.folder / "stderr.txt").read_text()
+    told = (world.folder / "stderr.txt").read_text()
+    assert "Traceback" not in told
+    assert "--resume" in told
+    until(lambda: not world.processes(), 30, "Ray's processes end with the driver")
+    return finished(run)
+
+
+@pytest.fixture(scope="module")
+def killed(world: Any, run: Path, interrupted: dict[int, Any]) -> list[FrozenTrial]:
+    driver = world.start("search", world.config, "--out", run, "--resume")
+    calls = world.folder / "faults" / "calls"
+    until(lambda: calls.stat().st_size >= 9 or driver.poll() is not None, 180, "nine scorings")
+    os.killpg(driver.pid, signal.SIGKILL)
+    assert driver.wait(10) == -signal.SIGKILL, (world.folder / "stderr.txt").read_text()
+    until(lambda: not world.processes(), 60, "Ray's processes end with the driver")
+    return trials_of(run)
+
+
+@pytest.fixture(scope="module")
+def ended(world: Any, run: Path, killed: list[FrozenTrial]) -> list[FrozenTrial]:
+    world.run("search", world.config, "--out", run, "--resume")
+    return trials_of(run)
+
+
+def test_ctrl_c_saves_what_finished(interrupted: dict[int, Any], killed: list[FrozenTrial]) -> None:
+    assert interrupted
+    assert (
+        interrupted.items()
+        <= {t.number: (t.state, t.values, t.user_attrs.get("reason"), t.datetime_complete) for t in killed}.items()
+    )
+
+
+def test_no_finished_trial_is_lost_or_counted_twice(
+    run: Path, killed: list[FrozenTrial], ended: list[FrozenTrial]
+) -> None:
+    assert any(t.state == TrialState.RUNNING for t in killed)
+    for before in killed:
+        if before.state in (TrialState.COMPLETE, TrialState.FAIL):
+            after = ended[before.number]
+            assert (after.state, after.values, after.params) == (before.state, before.values, before.params)
+            assert after.datetime_complete == before.datetime_complete
+    assert len(finished(run)) == TRIALS
+    assert not any(t.state in (TrialState.RUNNING, TrialState.WAITING) for t in ended)
+
+
+def test_what_ran_at_the_kill_is_run_again_once(killed: list[FrozenTrial], ended: list[FrozenTrial]) -> None:
+    for zombie in (t for t in killed if t.state == TrialState.RUNNING):
+        assert ended[zombie.number].state == TrialState.FAIL
+        (again,) = [t for t in ended if t.user_attrs.get("retry_of") == zombie.number]
+        assert again.params == zombie.params
+        assert again.user_attrs.get("anchor") == zombie.user_attrs.get("anchor")
+
+
+def test_every_anchor_was_measured(ended: list[FrozenTrial]) -> None:
+    counted = [t for t in ended if t.state == TrialState.COMPLETE or "reason" in t.user_attrs]
+    names = [t.user_attrs["anchor"] for t in counted if "anchor" in t.user_attrs]
+    assert sorted(names) == ["3 steps", "all text up", "late reuse 3", "late reuse 4", "unmodified"]
+
+
+def test_faults_are_failed_trials_with_a_reason(ended: list[FrozenTrial]) -> None:
+    reasons = [t.user_attrs["reason"] for t in ended if "reason" in t.user_attrs]
+    assert len(reasons) == 3, reasons
+    assert reasons[0] == "its worker died 2 times"
+    assert "the lamp went out" in reasons[1]
+    assert reasons[2] == "lamp:Brightness gave scores that are not finite"
+
+
+def test_a_worker_that_died_once_costs_no_trial(world: Any, ended: list[FrozenTrial]) -> None:
+    """The death of scoring 3 is in no reason: its trial was measured by the worker's replacement."""
+    assert (world.folder / "faults" / "calls").stat().st_size >= 9
+    assert sum(t.state == TrialState.COMPLETE for t in ended) == TRIALS - 3
+
+
+def test_status_tells_the_reasons(world: Any, run: Path, ended: list[FrozenTrial]) -> None:
+    told = world.run("status", run).stdout
+    assert f"{TRIALS - 3} complete" in told
+    assert "the lamp went out" in told
+
+
+def test_tables_have_no_half_written_files(run: Path, ended: list[FrozenTrial]) -> None:
+    complete = {
+        f"trial-{t.number:04d}" for t in ended if t.state == TrialState.COMPLETE and "same_as" not in t.user_attrs
+    }
+    assert complete <= {p.stem for p in (run / "scores").glob("trial-*.parquet")}
+    assert not list(run.rglob("*.new"))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("space.bands=2", "space"), ("objectives.quality=shapes", "objectives"), ("model.dtype=bfloat16", "model"),
+        ("generation.num_inference_steps=5", "generation"), ("prompts.search_images=2", "prompts"),
+    ],
+)  # fmt: skip
+def test_resume_with_another_search_is_refused(
+    world: Any, run: Path, ended: list[FrozenTrial], change: str, field: str
+) -> None:
+    before = (run / "config.yaml").read_bytes()
+    done = world.run("search", world.config, "--out", run, "--resume", "--set", change, code=2)
+    assert sentence(done.stderr).startswith(f"blocktune: {field} differs from that of the run in")
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_resume_with_another_model_under_the_same_path_is_refused(
+    world: Any, run: Path, ended: list[FrozenTrial], tmp_path: Path
+) -> None:
+    """The study knows the model it was made for, whatever its folder is called."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    storage = f"sqlite:///{copy / 'study.db'}"
+    optuna.load_study(study_name="blocktune", storage=storage).set_user_attr("fingerprint", "another")
+    done = world.run("search", world.config, "--out", copy, "--resume", code=2)
+    assert "is of another model, space or objective" in sentence(done.stderr)
+
+
+def test_a_new_search_over_a_run_is_refused(world: Any, run: Path, ended: list[FrozenTrial]) -> None:
+    done = world.run("search", world.config, "--out", run, code=2)
+    assert "already holds a run" in sentence(done.stderr)
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(new_world: Callable[..., Any]) -> None:
+    world = new_world()
+    place = world.folder / "a-file"
+    place.write_text("not a folder")
+    done = world.run("search", world.config, "--out", place / "run", code=2)
+    assert re.search(r"a-file/run cannot be written: .*\.$", sentence(done.stderr))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command, so no small disk")
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True, timeout=20)
+
+
+def test_a_full_disk_is_one_sentence(new_world: Callable[..., Any], small_disk: Path) -> None:
+    world = new_world()
+    filler = small_disk / "filler"
+    driver = world.start("search", world.config, "--out", small_disk / "run")
+    until(
+        lambda: (small_disk / "run" / "scores" / "trial-0000.parquet").exists() or driver.poll() is not None,
+        120,
+        "a trial",
+    )
+    with filler.open("wb", buffering=0) as file:
+        try:
+            for size in (4096, 1):
+                while True:
+                    file.write(b"x" * size)
+        except OSError:
+            pass
+    code = driver.wait(120)
+    told = (world.folder / "stderr.txt").read_text()
+    assert code == 1, told
+    assert "Traceback" not in told
+    last = told.splitlines()[-1]  # MLflow may have said before that it stopped recording
+    assert last.startswith("blocktune: ")
+    assert re.search("disk is full|No space left", last)
+    assert "--resume" in last
+    filler.unlink()
+    assert yaml.safe_load((small_disk / "run" / "config.yaml").read_text())["name"] == "tiny"
+
+
+# In a process of its own: Ray leaves open handles to its servers behind, which pytest would take for this test's.
+POOL = """
+import json, os, signal, sys, time
+from pathlib import Path
+from blocktune.search.config import load_config
+from blocktune.search.pool import Job, Pool
+
+def ended(job):
+    pool.submit(job)
+    while not (done := pool.wait(timeout=1.0)):
+        if job is slow and job.attempts == 1 and time.monotonic() - began > 1:
+            os.kill(first, signal.SIGKILL)
+    assert done == [job]
+    return {"error": job.error, "attempts": job.attempts, "result": job.result}
+
+pool = Pool(load_config(Path(sys.argv[1]), []))
+slow = Job("__ray_call__", (lambda worker: (time.sleep(4), os.getpid())[1],))
+poison = Job("__ray_call__", (lambda worker: os._exit(1),))
+(asked,) = pool.run([Job("__ray_call__", (lambda worker: os.getpid(),))])
+first, began = asked.result, time.monotonic()
+told = {"first": first, "slow": ended(slow), "poison": ended(poison), "size": pool.size}
+(described,) = pool.run([Job("describe", ())])
+told["blocks"] = described.result.model.num_blocks
+pool.close()
+print(json.dumps(told))
+"""
+
+
+def test_workers_that_die_are_replaced(new_world: Callable[..., Any]) -> None:
+    """A job whose worker is killed is done by the next; one that kills two fails, and the pool goes on as large."""
+    world = new_world()
+    done = subprocess.run(
+        [sys.executable, "-c", POOL, str(world.config)],
+        cwd=world.cwd, env=world.environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["slow"]["error"] is None
+    assert told["slow"]["attempts"] == 2
+    assert told["slow"]["result"] != told["first"]
+    assert told["poison"] == {"error": "its worker died 2 times", "attempts": 2, "result": None}
+    assert told["size"] == 1
+    assert told["blocks"] == 12

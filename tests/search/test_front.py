@@ -1,0 +1,96 @@
+"""Fronts and volumes against brute force, and picks worked by hand."""
+
+import pytest
+from blocktune.evaluators import Interval
+from blocktune.search.front import Confirmed, Point, hypervolume, non_dominated, pick, spread
+from hypothesis import given
+from hypothesis import strategies as st
+
+BASE = Point("unmodified", 0.5, 0.5, 1.0, key="base")
+grid = st.integers(0, 4)
+points = st.lists(st.tuples(grid, grid, grid), max_size=8).map(
+    lambda rows: [Point(f"p{i}", 0.4 + a / 20, 0.4 + q / 20, 0.2 + t / 5, f"k{i}") for i, (a, q, t) in enumerate(rows)]
+)
+
+
+def beats(a: Point, b: Point) -> bool:
+    return all(x <= y for x, y in zip(a.losses, b.losses, strict=True)) and a.losses != b.losses
+
+
+@given(points)
+def test_the_front_is_what_nothing_beats(candidates: list[Point]) -> None:
+    front = non_dominated(candidates)
+    assert {p.losses for p in front} == {p.losses for p in candidates if not any(beats(q, p) for q in candidates)}
+    assert len({p.losses for p in front}) == len(front)
+    assert [p.latency for p in front] == sorted(p.latency for p in front)
+
+
+@given(points)
+def test_hypervolume_is_the_union_of_boxes(candidates: list[Point]) -> None:
+    """Counted in the cells of the grid that the points lie on: 1/20 x 1/20 x 1/5 each."""
+    cells = {
+        (a, q, t)
+        for p in candidates
+        for a in range(round((p.alignment - 0.4) * 20))
+        for q in range(round((p.quality - 0.4) * 20))
+        for t in range(round((p.latency - 0.2) * 5), 4)
+    }
+    assert hypervolume(candidates, BASE) == pytest.approx(100 * len(cells) / (20 * 20 * 5), abs=1e-9)
+
+
+@given(points, st.integers(1, 4))
+def test_spread_chooses_members_of_the_front(candidates: list[Point], count: int) -> None:
+    front = non_dominated(candidates)
+    chosen = spread(front, BASE, count)
+    assert len(chosen) == min(count, len(front))
+    assert len({p.key for p in chosen}) == len(chosen)
+    assert all(p in front for p in chosen)
+
+
+def member(
+    name: str,
+    speedup: float,
+    delta: float,
+    half: float = 0.005,
+    quality: float = 0.0,
+    rules: int = 1,
+    anchor: bool = False,
+) -> Confirmed:
+    alignment = Interval(
+        value=0.5 + delta, baseline=0.5, delta=delta, low=delta - half, high=delta + half, n=100, level=0.95
+    )
+    crispness = Interval(
+        value=0.5 + quality, baseline=0.5, delta=quality, low=quality - half, high=quality + half, n=100, level=0.95
+    )
+    return Confirmed(name, name, 20, anchor, rules, alignment, crispness, {}, 1 / speedup, speedup, speedup)
+
+
+def test_nothing_is_picked_where_nothing_held() -> None:
+    assert pick([], 0.015) == {}
+    assert pick([member("worse", 2.0, -0.05), member("blurred", 2.0, 0.05, quality=-0.03)], 0.015) == {}
+    assert pick([member("unsure", 2.0, 0.0, half=0.02)], 0.015) == {}
+
+
+def test_nothing_is_picked_where_fewer_steps_are_as_good() -> None:
+    steps = member("14 steps", 1.5, 0.01, rules=0, anchor=True)
+    assert pick([steps, member("slow", 1.4, 0.0)], 0.015) == {}
+    assert pick([steps], 0.015) == {}
+    assert set(pick([steps, member("faster", 1.6, 0.0)], 0.015)) == {"balanced", "fast"}
+
+
+def test_an_anchor_with_rules_may_itself_be_picked() -> None:
+    assert pick([member("late reuse 3", 1.4, 0.0, anchor=True)], 0.015)["fast"].name == "late reuse 3"
+
+
+def test_each_pick_is_the_best_at_what_it_is_called() -> None:
+    louder, middle, quick = member("louder", 0.95, 0.10), member("middle", 1.4, 0.06), member("quick", 1.8, -0.005)
+    assert pick([quick, middle, louder], 0.015) == {"quality": louder, "balanced": middle, "fast": quick}
+
+
+def test_a_slower_candidate_is_never_fast_or_balanced() -> None:
+    assert set(pick([member("louder", 0.9, 0.1)], 0.015)) == {"quality"}
+
+
+def test_confirmed_goes_through_json_unchanged() -> None:
+    one = member("middle", 1.4, 0.06)
+    assert Confirmed.from_dict(one.to_dict()) == one

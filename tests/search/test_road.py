@@ -1,0 +1,157 @@
+"""The whole road by the command line: search, then everything that reads what it wrote."""
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from blocktune.policies import BlockPolicy
+from PIL import Image
+
+TRIALS = 8
+
+
+@pytest.fixture(scope="module")
+def world(new_world: Callable[..., Any]) -> Any:
+    return new_world(trials=TRIALS)
+
+
+@pytest.fixture(scope="module")
+def searched(world: Any) -> Path:
+    """The run directory of one search, started in an empty folder with the default place for its output."""
+    before = sorted(p for p in world.folder.rglob("*") if "__pycache__" not in str(p))
+    done = world.run("search", world.config)
+    run = world.cwd / "runs" / "tiny"
+    assert "Traceback" not in done.stdout + done.stderr
+    assert str(run.relative_to(world.cwd)) in done.stdout
+    outside = [
+        p for p in world.folder.rglob("*")
+        if "__pycache__" not in str(p) and run not in (p, *p.parents) and p not in before
+    ]  # fmt: skip
+    assert sorted(outside) == [world.cwd / "runs", world.folder / "faults" / "calls"], (
+        "written outside the run directory"
+    )
+    return run
+
+
+def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name="blocktune", storage=f"sqlite:///{run / 'study.db'}").get_trials()
+
+
+def test_the_run_directory_is_complete(searched: Path) -> None:
+    for name in ("study.db", "mlflow.db", "config.yaml", "front.png", "compare.png", "report.md", "cost_table.json"):
+        assert (searched / name).stat().st_size > 0, name
+    assert not [p for p in searched.rglob("*") if ".new" in p.name]
+    assert list((searched / "policies").glob("*.json"))
+
+
+def test_every_wanted_trial_finished_and_anchors_came_first(searched: Path) -> None:
+    trials = trials_of(searched)
+    assert [t.state.name for t in trials] == ["COMPLETE"] * TRIALS
+    anchors = [t.user_attrs.get("anchor") for t in trials]
+    assert anchors[:5] == ["unmodified", "3 steps", "late reuse 3", "late reuse 4", "all text up"]
+    assert anchors[5:] == [None] * (TRIALS - 5)
+
+
+def test_scores_per_picture_agree_with_optuna(searched: Path) -> None:
+    for trial in trials_of(searched):
+        if "same_as" in trial.user_attrs:
+            continue
+        scores = pd.read_parquet(searched / "scores" / f"trial-{trial.number:04d}.parquet")
+        assert list(scores["seed"]) == [0, 1, 2]
+        expected = [
+            scores["lamp:Brightness"].mean(),
+            scores["crispness"].mean(),
+            trial.user_attrs["metrics"]["latency"],
+        ]
+        assert trial.values == pytest.approx(expected, abs=1e-12)
+    unmodified = pd.read_parquet(searched / "scores" / "unmodified.parquet")
+    first = pd.read_parquet(searched / "scores" / "trial-0000.parquet")
+    assert np.array_equal(unmodified["lamp:Brightness"], first["lamp:Brightness"])
+
+
+def test_mlflow_has_a_parent_and_a_child_per_trial(searched: Path) -> None:
+    with sqlite3.connect(searched / "mlflow.db") as database:
+        parent = json.loads((searched / "run.json").read_text())["mlflow_run_id"]
+        status = database.execute("select status from runs where run_uuid = ?", (parent,)).fetchone()
+        children = database.execute(
+            "select r.run_uuid, r.status, r.artifact_uri, n.value from runs r"
+            " join tags p on p.run_uuid = r.run_uuid and p.key = 'mlflow.parentRunId' and p.value = ?"
+            " join tags n on n.run_uuid = r.run_uuid and n.key = 'trial'",
+            (parent,),
+        ).fetchall()
+        metrics = dict(database.execute("select run_uuid, count(*) from metrics group by run_uuid").fetchall())
+        parameters = {row[0] for row in database.execute("select key from params where run_uuid = ?", (parent,))}
+    assert status == ("FINISHED",)
+    assert {"search.trials", "model.path", "objectives.alignment"} <= parameters
+    assert sorted(int(number) for *_, number in children) == list(range(TRIALS))
+    for run, state, artifacts, _ in children:
+        assert state == "FINISHED"
+        assert metrics[run] >= 5
+        folder = Path(artifacts.removeprefix("file://"))
+        assert searched in folder.parents
+        BlockPolicy.load(folder / "policy.json")
+
+
+def test_policies_tell_what_they_are_for_and_what_was_seen(searched: Path) -> None:
+    for path in (searched / "policies").glob("*.json"):
+        policy = BlockPolicy.load(path)
+        assert policy.name == path.stem
+        assert policy.tuned_for is not None
+        assert policy.tuned_for["num_inference_steps"] in (4, 3)
+        assert policy.tuned_for["dtype"] == "float32"
+        assert policy.evidence is not None
+        assert {"lamp:Brightness", "crispness", "psnr", "speedup"} <= policy.evidence["confirmed"].keys()
+
+
+def test_export_writes_the_same_policy(world: Any, searched: Path) -> None:
+    pick = sorted((searched / "policies").glob("*.json"))[0]
+    output = world.folder / "exported.json"
+    world.run("export", searched, "--pick", pick.stem, "-o", output)
+    assert BlockPolicy.load(output) == BlockPolicy.load(pick)
+
+
+def test_status_and_front(world: Any, searched: Path) -> None:
+    assert f"{TRIALS} complete, 0 failed, 0 running, {TRIALS} wanted" in world.run("status", searched).stdout
+    rows = json.loads(world.run("front", searched, "--format", "json").stdout)
+    assert [row["latency"] for row in rows] == sorted(row["latency"] for row in rows)
+    lines = world.run("front", searched, "--format", "csv").stdout.splitlines()
+    assert lines[0] == "name,alignment,quality,latency,steps"
+    assert len(lines) == 1 + len(rows)
+    assert len(world.run("front", searched).stdout.splitlines()) == len(rows)
+
+
+def test_generate_draws_the_picture_that_was_scored(world: Any, searched: Path, tiny_model: Path) -> None:
+    confirmed = json.loads((searched / "confirmed.json").read_text())["confirmed"]
+    member = next(c for c in confirmed if c["rules"])
+    policy = searched / "policies" / f"{member['name'].replace(' ', '-')}.json"
+    with np.load(searched / "images" / f"confirm-{member['key'][:16]}-{member['steps']}.npz") as stored:
+        scored = stored["images"][1]
+    ask = ["generate", "--policy", policy, "--prompt", "a photo of a red ring", "--seed", 101, "--model", tiny_model]
+    world.run(*ask, "-o", world.folder / "one.png")
+    drawn = np.asarray(Image.open(world.folder / "one.png"))
+    assert drawn.shape == scored.shape
+    assert np.abs(drawn.astype(int) - scored).max() <= 1
+    world.run(*ask, "--compare", "-o", world.folder / "two.png")
+    assert Image.open(world.folder / "two.png").width > 2 * drawn.shape[1]
+
+
+def test_evaluate_scores_a_policy_against_the_unmodified_model(world: Any, searched: Path, tiny_model: Path) -> None:
+    policy = sorted((searched / "policies").glob("*.json"))[0]
+    done = world.run(
+        "evaluate", policy, "--model", tiny_model, "--prompts", world.folder / "confirm.jsonl", "--images", 4,
+        "--evaluators", "lamp:Brightness,ssim",
+    )  # fmt: skip
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["brightness", "ssim"]
+    assert done.stdout.count("n = 4") == 2
+
+
+def test_schema_and_env(world: Any) -> None:
+    assert json.loads(world.run("schema").stdout)["title"] == "BlockPolicy"
+    assert "search" in json.loads(world.run("schema", "--config").stdout)["properties"]
+    assert "optuna" in world.run("env").stdout

@@ -1,0 +1,84 @@
+"""Whatever Optuna proposes is a policy that compiles, and equal behaviour has one key."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+import pytest
+from blocktune.policies import Plan
+from blocktune.policies.policy import ModelIdentity
+from blocktune.search.config import Space
+from blocktune.search.space import anchors, bands, candidate, distributions
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.fixture(scope="module")
+def model(tiny_sd3_pipeline: Callable[..., Any]) -> ModelIdentity:
+    return ModelIdentity.of(tiny_sd3_pipeline(num_layers=12))
+
+
+def of(distribution: optuna.distributions.BaseDistribution) -> st.SearchStrategy[Any]:
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return st.sampled_from(distribution.choices)
+    assert isinstance(distribution, optuna.distributions.FloatDistribution)
+    return st.floats(distribution.low, distribution.high)
+
+
+spaces = st.builds(
+    Space, bands=st.integers(1, 20), skip=st.booleans(), steps=st.sampled_from([(20, 14), (6,)]),
+    operands=st.sampled_from([("input",), ("key", "value", "logit"), ("input", "value")]),
+)  # fmt: skip
+params = spaces.flatmap(
+    lambda space: st.tuples(
+        st.just(space), st.fixed_dictionaries({k: of(d) for k, d in distributions(space, 12).items()})
+    )
+)
+
+
+@given(params)
+def test_every_proposal_is_a_policy_that_plans(model: ModelIdentity, drawn: tuple[Space, dict[str, Any]]) -> None:
+    space, values = drawn
+    chosen = candidate(values, space, model, "x")
+    kinds = Plan.compile(chosen.policy, chosen.steps).kinds
+    assert len(kinds) == chosen.steps == values["steps"]
+    assert {len(row) for row in kinds} == {12}
+    skipped = {i for row in kinds for i, kind in enumerate(row) if kind == "skip"}
+    assert skipped <= {values.get("skip", -1)}
+    if all(values[f"reuse_{i}"] == 1 for i in range(len(bands(space, 12)))):
+        assert "reuse" not in {kind for row in kinds for kind in row}
+
+
+@given(params)
+def test_choices_without_effect_do_not_change_the_key(
+    model: ModelIdentity, drawn: tuple[Space, dict[str, Any]]
+) -> None:
+    space, values = drawn
+    count = len(bands(space, 12))
+    silent = values | {f"scale_{i}": 1.0 for i in range(count)} | {f"reuse_{i}": 1 for i in range(count)}
+    if space.skip:
+        silent["skip"] = -1
+    plain = anchors(space, 12)["unmodified"] | {"steps": values["steps"]}
+    assert candidate(silent, space, model, "a").key == candidate(plain, space, model, "b").key
+
+
+def test_other_steps_or_actions_change_the_key(model: ModelIdentity) -> None:
+    space = Space()
+    keys = [candidate(values, space, model, name).key for name, values in anchors(space, 12).items()]
+    assert len(set(keys)) == len(keys)
+
+
+@given(spaces)
+def test_anchors_lie_in_the_space(space: Space) -> None:
+    choices = distributions(space, 12)
+    for values in anchors(space, 12).values():
+        assert values.keys() == choices.keys()
+        for name, value in values.items():
+            assert choices[name]._contains(choices[name].to_internal_repr(value)), (name, value)
+
+
+@given(st.integers(1, 40), st.integers(1, 60))
+def test_bands_share_out_all_blocks(count: int, blocks: int) -> None:
+    made = bands(Space(bands=count), blocks)
+    assert [block for band in made for block in band] == list(range(blocks))
+    assert max(map(len, made)) - min(map(len, made)) <= 1
