@@ -162,7 +162,7 @@ def test_resume_with_another_search_is_refused(
 ) -> None:
     before = (run / "config.yaml").read_bytes()
     done = world.run("search", world.config, "--out", run, "--resume", "--set", change, code=2)
-    assert sentence(done.stderr).startswith(f"blocktune: {field} differs from that of the run in")
+    assert sentence(done.stderr).startswith(f"blocktune: {field} differs from the run in")
     assert (run / "config.yaml").read_bytes() == before
 
 
