@@ -63,6 +63,7 @@ def find_objects(image: np.ndarray) -> list[Found]:
     """The objects of one picture, float `(h, w, 3)` in [0, 1], largest first."""
     if not np.isfinite(image).all():
         return []
+    image = image.clip(-1, 2)  # worse than that is not told apart, and huge values would overflow
     distance = np.linalg.norm(image[:, :, None, :] - _PALETTE, axis=-1)  # (h, w, 1 + colours)
     # foreground: nearer to the middle between some colour and the ground than to the ground
     foreground = np.linalg.norm(image - _PALETTE[0], axis=-1) > 0.30

@@ -107,7 +107,7 @@ def test_register():
 @pytest.mark.usefixtures("registry")
 def test_register_is_lazy():
     register("absent", "no_such_module:Thing")
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+    with pytest.raises(UnknownEvaluator, match="no_such_module"):
         get("absent")
 
 

@@ -134,11 +134,13 @@ def test_generate_draws_the_picture_that_was_scored(world: Any, searched: Path, 
         scored = stored["images"][1]
     ask = ["generate", "--policy", policy, "--prompt", "a photo of a red ring", "--seed", 101, "--model", tiny_model]
     world.run(*ask, "-o", world.folder / "one.png")
-    drawn = np.asarray(Image.open(world.folder / "one.png"))
+    with Image.open(world.folder / "one.png") as picture:
+        drawn = np.asarray(picture)
     assert drawn.shape == scored.shape
     assert np.abs(drawn.astype(int) - scored).max() <= 1
     world.run(*ask, "--compare", "-o", world.folder / "two.png")
-    assert Image.open(world.folder / "two.png").width > 2 * drawn.shape[1]
+    with Image.open(world.folder / "two.png") as beside:
+        assert beside.width > 2 * drawn.shape[1]
 
 
 def test_evaluate_scores_a_policy_against_the_unmodified_model(world: Any, searched: Path, tiny_model: Path) -> None:
