@@ -120,6 +120,7 @@ def _search(config, path: Path, resume: bool, confirm_only: bool) -> None:
 
 def _grids(run, study, confirmed) -> None:
     """Pictures of the confirmed candidates, attached to their trials in MLflow."""
+    from .front import held_out_name
     from .report import side_by_side
     from .worker import read_prompts
 
@@ -129,7 +130,7 @@ def _grids(run, study, confirmed) -> None:
         path = run.images / f"trial-{numbers[c.key]:04d}.png"
         columns = {
             "unmodified": run.read_images("confirm-unmodified")[:6],
-            c.name: run.read_images(f"confirm-{c.key[:16]}-{c.steps}")[:6],
+            c.name: run.read_images(held_out_name(c))[:6],
         }
         side_by_side(columns, captions, path)
         study.tracker.front_member(numbers[c.key], path)

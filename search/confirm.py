@@ -4,7 +4,7 @@ import json
 
 from ..evaluators import Interval, paired_interval
 from ..policies import BlockPolicy, Plan
-from .front import Confirmed, Point, hypervolume, pick, spread
+from .front import Confirmed, Point, held_out_name, hypervolume, pick, spread
 from .pool import Job
 from .study import Study, feasible, point_of
 from .worker import read_prompts
@@ -35,15 +35,12 @@ def confirm(study: Study) -> list[Confirmed]:
     study.display.advance()
     reference = pool.put(run.read_images("confirm-unmodified"))
 
-    def name_of(point: Point) -> str:
-        return "confirm-" + point.key[:16] + f"-{point.steps}"
-
     def keep(job: Job) -> None:
-        run.write_scores(name_of(job.tag), prompts, job.result.scores)
-        run.write_images(name_of(job.tag), job.result.images[:48])
+        run.write_scores(held_out_name(job.tag), prompts, job.result.scores)
+        run.write_images(held_out_name(job.tag), job.result.images[:48])
         study.display.advance()
 
-    missing = [p for p in chosen if not (run.scores / f"{name_of(p)}.parquet").exists()]
+    missing = [p for p in chosen if not (run.scores / f"{held_out_name(p)}.parquet").exists()]
     pool.run([Job("measure", (policies[p.key], p.steps, "confirm", reference), p) for p in missing], keep)
 
     study.display.say("timing the candidates on a quiet device")
@@ -55,7 +52,7 @@ def confirm(study: Study) -> list[Confirmed]:
     level = 1 - 0.05 / max(1, len(chosen))
 
     def interval(point: Point, evaluator: str) -> Interval:
-        after = run.read_scores(name_of(point))
+        after = run.read_scores(held_out_name(point))
         return paired_interval(after[evaluator], before[evaluator], groups=list(before["prompt"]), level=level)
 
     confirmed = [

@@ -58,6 +58,11 @@ class Confirmed:
         return cls(**data | fields)
 
 
+def held_out_name(member: Point | Confirmed) -> str:
+    """Under what name the held-out scores and pictures of `member` lie in the run directory."""
+    return f"confirm-{member.key[:16]}-{member.steps}"
+
+
 def non_dominated(points: list[Point]) -> list[Point]:
     """Points that no other matches on every axis and beats on one; of equal points the first."""
     front = []

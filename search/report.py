@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .confirm import load_confirmed
-from .front import Confirmed, Point
+from .front import Confirmed, Point, held_out_name
 from .run_directory import RunDirectory
 from .worker import read_prompts
 
@@ -121,7 +121,7 @@ def draw_comparison(run: RunDirectory, confirmed: list[Confirmed]) -> None:
     rows = list({p.kind: i for i, p in reversed(list(enumerate(prompts[:48])))}.values())[::-1]
     columns = {"unmodified": run.read_images("confirm-unmodified")[rows]}
     for c in sorted((c for c in confirmed if c.picks), key=lambda c: c.speedup):
-        columns[f"{'/'.join(c.picks)}  {c.speedup:.2f}x"] = run.read_images(f"confirm-{c.key[:16]}-{c.steps}")[rows]
+        columns[f"{'/'.join(c.picks)}  {c.speedup:.2f}x"] = run.read_images(held_out_name(c))[rows]
     side_by_side(columns, [prompts[i].text for i in rows], run.compare)
 
 
