@@ -1,6 +1,7 @@
 """Measure the trained reference model and write its card: python -m blocktune.reference.card
 
 Scores come from the confirm split, which training and search never use as such; block removals from its first part.
+Guidance is compared on the search split, since it is chosen by it.
 """
 
 import argparse
@@ -19,10 +20,10 @@ from .pipeline import SAMPLING, WEIGHTS, load_pipeline
 from .prompts import prompts
 from .scenes import KINDS, render, sample_request, sample_scene
 
-REMOVED_ON = 96  # pictures per removed block
+REMOVED_ON = 192  # pictures per removed block
 
 
-def pictures(pipe, chosen, batch: int = 48, **changes) -> np.ndarray:
+def pictures(pipe, chosen, batch: int = 192, **changes) -> np.ndarray:
     """uint8 `(n, h, w, 3)`, default sampling but for `changes`."""
     parts = []
     for start in range(0, len(chosen), batch):
@@ -50,8 +51,8 @@ def main() -> None:
     texts, kinds = [p.text for p in chosen], np.array([p.kind for p in chosen])
     binary, graded, crisp = get("shapes_binary"), get("shapes"), get("crispness")
     rows = []
-    for guidance in track((1.0, 2.5, 4.0, 6.0), "guidance"):
-        few = chosen[: REMOVED_ON * 2]
+    few = prompts("search")[:192]
+    for guidance in track((1.0, 2.0, 4.0, 6.0, 8.0), "guidance"):
         images = pictures(pipe, few, guidance_scale=guidance)
         few_texts = [p.text for p in few]
         rows.append((guidance, binary.score(images, few_texts).mean(), graded.score(images, few_texts).mean()))
@@ -106,6 +107,8 @@ def main() -> None:
         f"{share(binary.score(long, texts[:REMOVED_ON]))} right, against",
         f"{share(scores[:REMOVED_ON])} at {SAMPLING['max_sequence_length']} tokens. The judge is right on",
         f"{100 * np.mean(truth):.1f} % of true renderings (worst kind {100 * min(truth):.1f} %).",
+        "",
+        f"Guidance, on {len(few)} pictures of the search split:",
         *table(("guidance", "right", "dense"), [(g, f"{100 * b:.1f}", f"{100 * d:.1f}") for g, b, d in rows]),
         f"**One block removed**, all steps: dense score, points, {REMOVED_ON} pictures. Least: block {least}.",
         *table(

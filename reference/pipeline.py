@@ -25,7 +25,7 @@ CLIP_TOKENS = 14  # the longest prompt has 11 words, and CLIP adds two marks
 T5_TOKENS = 12  # and T5 one
 # What the scores of the model card were measured with. SD3 pads T5's part of the prompt to `max_sequence_length`,
 # 256 unless told, and attends to the padding: the model has met that length too, but 12 is much the faster.
-SAMPLING = {"num_inference_steps": 20, "guidance_scale": 4.0, "max_sequence_length": T5_TOKENS}
+SAMPLING = {"num_inference_steps": 20, "guidance_scale": 6.0, "max_sequence_length": T5_TOKENS}
 
 
 def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> StableDiffusion3Pipeline:

@@ -15,13 +15,13 @@ from ..evaluators import Prompt, load_prompts, prompts_digest
 from .scenes import COLORS, KINDS, NUMBERS, RELATIONS, SHAPES, Request, Thing, prompt_of
 
 SPLITS = Path(__file__).parent / "splits"
-PER_KIND = {"search": 16, "confirm": 64, "test": 128}
+PER_KIND = {"search": 64, "confirm": 128, "test": 128}
 FIRST_SEED = {"search": 1_000_000, "confirm": 2_000_000, "test": 3_000_000}
 OPPOSITES = {"right of": "left of", "below": "above"}
 
 
 def prompts(split: str) -> tuple[Prompt, ...]:
-    """The prompts of `split`: 96 for `search`, 384 for `confirm`, 768 for `test`."""
+    """The prompts of `split`: 384 for `search`, 768 for `confirm`, 768 for `test`."""
     if split not in PER_KIND:
         raise ValueError(f"split is {split!r}; accepted: {', '.join(PER_KIND)}")
     return load_prompts(SPLITS / f"{split}.jsonl")

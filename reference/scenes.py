@@ -148,19 +148,29 @@ def _stands(relation: str, a: tuple[float, float, float], b: tuple[float, float,
 
 
 def render(scenes: list[list[Object]], size: int = SIZE, device: str | torch.device = "cpu") -> torch.Tensor:
-    """Draw scenes with one-pixel anti-aliasing: float32 `(n, 3, size, size)` in [0, 1].
+    """Draw scenes with one-pixel anti-aliasing: float32 `(n, 3, size, size)` in [0, 1]."""
+    return draw(tabulate(scenes).to(device), size)
+
+
+def tabulate(scenes: list[list[Object]]) -> torch.Tensor:
+    """Scenes as float32 `(n, MAX_OBJECTS, 7)`: x, y, radius, index of the shape, r, g, b; radius 0 where none is."""
+    table = torch.zeros(len(scenes), MAX_OBJECTS, 7)
+    for row, scene in zip(table.numpy(), scenes, strict=True):
+        for place, o in zip(row, scene, strict=False):
+            place[:] = (o.x, o.y, o.radius, SHAPES.index(o.shape), *COLORS[o.color])
+    return table
+
+
+def draw(table: torch.Tensor, size: int = SIZE) -> torch.Tensor:
+    """The pictures of `tabulate`'s rows, on their device: float32 `(n, 3, size, size)` in [0, 1].
 
     Signed distances after Inigo Quilez, "2D distance functions" (iquilezles.org/articles/distfunctions2d).
     """
-    n = len(scenes)
-    table = torch.zeros(n, MAX_OBJECTS, 7)  # x, y, radius, shape index, r, g, b; radius 0: no object
-    for i, scene in enumerate(scenes):
-        for j, o in enumerate(scene):
-            table[i, j] = torch.tensor([o.x, o.y, o.radius, SHAPES.index(o.shape), *COLORS[o.color]])
-    table = table.to(device)
+    n, device = len(table), table.device
     axis = (torch.arange(size, device=device) + 0.5) * (SIZE / size)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    image = torch.tensor(GROUND, device=device).view(1, 3, 1, 1).repeat(n, 1, size, size)
+    # filled, not copied from the host: a copy could not be part of a CUDA graph
+    image = torch.stack([torch.full((n, size, size), level, device=device) for level in GROUND], dim=1)
     for j in range(MAX_OBJECTS):
         ox, oy, r, shape = (table[:, j, k].view(n, 1, 1) for k in range(4))
         px, py = x - ox, y - oy
