@@ -10,5 +10,5 @@ ray start --head --port=6479 --num-cpus=1 --object-store-memory=200000000 --incl
 ray start --address=127.0.0.1:6479 --num-cpus=1 --object-store-memory=200000000 >/dev/null
 blocktune search --out "$out" --set ray.address=127.0.0.1:6479 --set ray.workers=2 --set ray.cpus_per_worker=1 \
   --set search.trials=8 --set prompts.search_images=12 --set prompts.confirm_images=12 \
-  --set generation.num_inference_steps=6 --set 'space.steps=[6, 4]' --set confirm.candidates=2 --set confirm.repeats=1
+  --set generation.num_inference_steps=6 --set 'space.anchor_steps=[4]' --set confirm.candidates=2 --set confirm.repeats=1
 grep -F "2 on 2 node(s)" "$out/report.md"

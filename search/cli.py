@@ -3,9 +3,8 @@
 import json
 import logging
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -44,103 +43,26 @@ def confirm(run: RunArgument = DEFAULT_RUN) -> None:
 def _search(config, path: Path, resume: bool, confirm_only: bool) -> None:
     from optuna.exceptions import StorageInternalError
 
-    from .confirm import confirm as confirm_front
-    from .pool import JobFailed, Pool
-    from .progress import Display
-    from .report import draw_comparison, draw_front, write_report
-    from .run_directory import RunDirectory
-    from .study import Study, check_objectives, feasible, point_of
-    from .tracking import Tracker
+    from .launch import launch
+    from .pool import JobFailed
 
-    check_objectives(config)
-    run = RunDirectory.open(path, config, resume)
-    started = time.monotonic()
-    state = run.read_state()
-    with Display() as display:
-        display.say("starting workers")
-        pool = tracker = None
-        try:
-            pool = Pool(config, state.get("dtype"))
-            described = pool.description
-            display.say(f"{pool.size} worker{'s' * (pool.size > 1)} on {described.device}, {described.dtype}")
-            uri = config.mlflow.uri or f"sqlite:///{path.absolute() / 'mlflow.db'}"
-            tracker = Tracker(
-                uri, config.mlflow.experiment, path / "artifacts", config.name, state.get("mlflow_run_id")
-            )
-            run.write_json(run.state, {"dtype": described.dtype, "mlflow_run_id": tracker.run_id})
-            tracker.describe(
-                _flat(config.model_dump(mode="json")),
-                {
-                    "fingerprint": described.model.fingerprint,
-                    "device": described.device,
-                    "dtype": described.dtype,
-                    **described.versions,
-                },
-            )
-            study = Study(config, run, pool, tracker, display)
-            if not confirm_only:
-                study.search()
-            confirmed = confirm_front(study)
-            points = [point_of(t) for t in feasible(study.study)]
-            draw_front(points, study.front(), study.baseline, confirmed, config.confirm.margin, run.front)
-            draw_comparison(run, confirmed)
-            _grids(run, study, confirmed)
-            finished = study.finished()
-            facts = {
-                "device": f"{described.device}, {described.dtype}",
-                "workers": f"{pool.size} on {len(set(pool.nodes))} node(s)",
-                "versions": ", ".join(f"{k} {v}" for k, v in described.versions.items()),
-                "search": f"{finished} trials of {config.prompts.search_images} pictures",
-                "sampler": f"{config.search.sampler}, seed {config.search.seed}",
-                "time": f"{time.monotonic() - started:.0f} s in this process",
-                "hypervolume": f"{study._standing()['hypervolume']:.3f}",
-            }
-            write_report(run, facts)
-            tracker.finish("FINISHED", [run.front, run.compare, run.report, run.confirmed, run.config])
-        except KeyboardInterrupt:
-            if tracker:
-                tracker.finish("KILLED", [])
-            display.say(f"stopped; everything finished is saved, go on with: blocktune search --resume --out {path}")
-            raise typer.Exit(130) from None
-        except OSError as error:
-            if error.errno is None:
-                raise
-            _fail(f"{path} cannot be written: {error.strerror}; what finished is saved, go on with --resume.", 1)
-        except StorageInternalError as error:
-            cause = str(getattr(error.__cause__, "orig", None) or error)
-            _fail(f"the study cannot be stored: {cause}; what finished is saved, go on with --resume.", 1)
-        except JobFailed as error:
-            _fail(f"{error}; what finished is saved, go on with --resume.", 1)
-        finally:
-            if pool:
-                pool.close()
+    go_on = f"go on with: blocktune search --resume --out {path}"
+    try:
+        run = launch(config, path, resume, confirm_only)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; everything finished is saved, {go_on}", err=True)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _fail(f"{path} cannot be written: {error.strerror}; what finished is saved, {go_on}", 1)
+    except StorageInternalError as error:
+        cause = str(getattr(error.__cause__, "orig", None) or error)
+        _fail(f"the study cannot be stored: {cause}; what finished is saved, {go_on}", 1)
+    except JobFailed as error:
+        _fail(f"{error}; what finished is saved, {go_on}", 1)
     _print_confirmed(run)
     typer.echo(f"\nreport {run.report}\nfront {run.front}\npictures {run.compare}\npolicies {run.policies}")
-
-
-def _grids(run, study, confirmed) -> None:
-    """Pictures of the confirmed candidates, attached to their trials in MLflow."""
-    from .front import held_out_name
-    from .report import side_by_side
-    from .worker import read_prompts
-
-    captions = [p.text for p in read_prompts(study.config, "confirm")[:6]]
-    numbers = {t.user_attrs["key"]: t.number for t in study.study.get_trials(deepcopy=False) if "key" in t.user_attrs}
-    for c in confirmed:
-        path = run.images / f"trial-{numbers[c.key]:04d}.png"
-        columns = {
-            "unmodified": run.read_images("confirm-unmodified")[:6],
-            c.name: run.read_images(held_out_name(c))[:6],
-        }
-        side_by_side(columns, captions, path)
-        study.tracker.front_member(numbers[c.key], path)
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _print_confirmed(run) -> None:
@@ -197,13 +119,13 @@ def _trials(path: Path):
 
     from .config import ConfigError
     from .run_directory import RunDirectory
-    from .study import _STUDY, open_storage, study_url
+    from .study import STUDY, open_storage, study_url
 
     run = RunDirectory.existing(path)
     config = run.load_config()
     if config.search.storage is None and not (path / "study.db").exists():
         raise ConfigError(f"{path} has no study yet; its search stopped before the first trial.")
-    study = optuna.load_study(study_name=_STUDY, storage=open_storage(study_url(run, config)))
+    study = optuna.load_study(study_name=STUDY, storage=open_storage(study_url(run, config)))
     return study.get_trials(deepcopy=False), config, run
 
 
@@ -390,7 +312,7 @@ def env() -> None:
     typer.echo(f"GPU {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
 
 
-def _fail(sentence: str, code: int) -> None:
+def _fail(sentence: str, code: int) -> NoReturn:
     typer.echo(f"blocktune: {sentence}", err=True)
     raise typer.Exit(code)
 

@@ -27,11 +27,11 @@ class Model(_Section):
 
 class Generation(_Section):
     num_inference_steps: PositiveInt = Field(default=20, description="steps of the unmodified model")
-    guidance_scale: float = 4.0
+    guidance_scale: float = 6.0
     height: PositiveInt | None = Field(default=None, description="pixels; the model's own size when not given")
     width: PositiveInt | None = None
     max_sequence_length: PositiveInt = Field(default=12, description="tokens that T5's part of the prompt is padded to")
-    batch: PositiveInt = Field(default=48, description="pictures per call of the pipeline")
+    batch: PositiveInt = Field(default=24, description="pictures per call of the pipeline")
 
 
 class Prompts(_Section):
@@ -64,7 +64,10 @@ class Space(_Section):
     text_until: tuple[float, ...] = Field(default=(0.3, 0.6, 1.0), description="where louder text may end")
     skip: bool = Field(default=True, description="also try to skip one block late in the run")
     steps: tuple[PositiveInt, ...] = Field(
-        default=(20, 14), description="numbers of steps; the first is the unmodified model's"
+        default=(), description="other numbers of steps that a candidate may take than generation.num_inference_steps"
+    )
+    anchor_steps: tuple[PositiveInt, ...] = Field(
+        default=(14,), description="the unmodified model at so many steps is an anchor: what a policy has to beat"
     )
 
 

@@ -18,7 +18,7 @@ def confirm(study: Study) -> list[Confirmed]:
     """
     config, run, pool = study.config, study.run, study.pool
     prompts = read_prompts(config, "confirm")
-    trials = {t.user_attrs["key"]: t for t in reversed(feasible(study.study))}
+    trials = {t.user_attrs["key"]: t for t in reversed(feasible(study.study, anchors=True))}
     points = {key: point_of(t) for key, t in trials.items()}
     named = [p for p in points.values() if p.anchor and p.key != study.baseline.key]
     front = [p for p in study.front() if not p.anchor]

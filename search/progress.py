@@ -27,7 +27,7 @@ class Display:
         self._bar.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(f"[dim]{time.monotonic() - self._started:6.0f} s[/dim]  {line}")
+        self.console.print(f"[dim]{time.monotonic() - self._started:6.0f} s[/dim]  {line}", soft_wrap=True)
 
     def stage(self, name: str, total: int) -> None:
         self._task = self._bar.add_task(name, total=total, note="")

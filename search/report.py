@@ -21,7 +21,7 @@ def draw_front(
     points: list[Point], front: list[Point], baseline: Point, confirmed: list[Confirmed], margin: float, path: Path
 ) -> None:
     """Alignment against speed: what the search saw on the left, what held on new prompts on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.9), sharey=False, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.9), sharey=False, layout="constrained")
     members = {p.key for p in front}
 
     def place(p: Point) -> tuple[float, float]:
@@ -35,6 +35,7 @@ def draw_front(
     for p in points:
         if p.anchor:
             left.plot(*place(p), "D", ms=7, mfc="none", mec=_INK, label="anchors" if p.name == "unmodified" else None)
+    left.margins(x=0.12, y=0.12)
     left.set_title("Search prompts: what the search saw", loc="left", fontsize=11, color=_INK)
     left.set_xlabel("predicted speed-up")
     left.set_ylabel("alignment against the unmodified model, points")
@@ -65,28 +66,40 @@ def draw_front(
             capsize=3,
             lw=1.2,
         )
-        label = " / ".join(c.picks) or (c.name if c.anchor else "")
-        right.annotate(
-            label,
-            (c.speedup, 100 * c.alignment.delta),
-            xytext=(7, 6),
-            textcoords="offset points",
-            fontsize=9,
-            color=color,
-            fontweight="bold" if c.picks else "normal",
-        )
+    right.margins(x=0.12, y=0.12)
+    _label(right, confirmed)
     right.set_title("Held-out prompts, new seeds: what held", loc="left", fontsize=11, color=_INK)
     right.set_xlabel("measured speed-up")
     for axis in (left, right):
         axis.axhline(0, color=_INK, lw=0.8, zorder=0)
         axis.axvline(1, color=_INK, lw=0.8, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.12, y=0.12)
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, -1.0), max(high, 1.0))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _label(axis, confirmed: list[Confirmed]) -> None:
+    """Names of picks and anchors in a column beside the plot, each tied to its point: points that meet stay legible."""
+    named = sorted((c for c in confirmed if c.picks or c.anchor), key=lambda c: c.alignment.delta)
+    if not named:
+        return
+    middle = np.mean([c.alignment.delta for c in named])
+    for i, c in enumerate(named):
+        place = 0.5 + 0.085 * (i - (len(named) - 1) / 2) + 0.5 * float(np.clip(middle, -0.02, 0.02))
+        axis.annotate(
+            " / ".join(c.picks) + (f"  ({c.name})" if c.picks else c.name),
+            (c.speedup, 100 * c.alignment.delta),
+            xytext=(1.03, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9,
+            color=_INK if c.anchor and not c.picks else _ORANGE,
+            fontweight="bold" if c.picks else "normal",
+            arrowprops={"arrowstyle": "-", "color": _GREY, "lw": 0.8, "shrinkA": 2, "shrinkB": 6},
+        )
 
 
 def side_by_side(columns: dict[str, np.ndarray], captions: list[str], path: Path, tile: int = 144) -> None:

@@ -1,4 +1,4 @@
-"""The search space: a dozen choices that together spell a policy and a number of steps."""
+"""The search space: a dozen choices that together spell a policy, and the anchors, known points of it or near it."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,7 +8,7 @@ import optuna
 
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from ..policies.policy import ModelIdentity
-from .config import Space
+from .config import Config, Space
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,22 @@ def bands(space: Space, num_blocks: int) -> list[tuple[int, ...]]:
     return [tuple(range(a, b)) for a, b in pairwise(edges)]
 
 
-def distributions(space: Space, num_blocks: int) -> dict[str, optuna.distributions.BaseDistribution]:
+def steps_of(config: Config) -> tuple[int, ...]:
+    """The numbers of steps that a candidate may take, the unmodified model's first."""
+    return tuple(dict.fromkeys((config.generation.num_inference_steps, *config.space.steps)))
+
+
+def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distributions.BaseDistribution]:
     """Optuna's view of the space. Actions are categorical (ordinal ones mislead TPE), scales lie on a log axis."""
     categorical, real = optuna.distributions.CategoricalDistribution, optuna.distributions.FloatDistribution
+    space = config.space
     choices: dict[str, optuna.distributions.BaseDistribution] = {
-        "steps": categorical(space.steps),
         "operand": categorical(space.operands),
         "text_until": categorical(space.text_until),
         "reuse_from": categorical(space.reuse_from),
     }
+    if len(steps_of(config)) > 1:
+        choices["steps"] = categorical(steps_of(config))
     for i in range(len(bands(space, num_blocks))):
         choices[f"scale_{i}"] = real(1.0, space.max_scale, log=True)
         choices[f"reuse_{i}"] = categorical((1, *space.reuse_every))
@@ -49,11 +56,22 @@ def distributions(space: Space, num_blocks: int) -> dict[str, optuna.distributio
     return choices
 
 
-def candidate(params: dict[str, Any], space: Space, model: ModelIdentity, name: str) -> Candidate:
+def suggest(trial: optuna.Trial, space: dict[str, optuna.distributions.BaseDistribution]) -> dict[str, Any]:
+    """What the sampler, or whoever enqueued the trial, proposes for every choice of `distributions`."""
+    params: dict[str, Any] = {}
+    for name, choice in space.items():
+        if isinstance(choice, optuna.distributions.CategoricalDistribution):
+            params[name] = trial.suggest_categorical(name, choice.choices)
+        elif isinstance(choice, optuna.distributions.FloatDistribution):
+            params[name] = trial.suggest_float(name, choice.low, choice.high, log=choice.log)
+    return params
+
+
+def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name: str) -> Candidate:
     """The policy that `params` spell. A scale within 2 % of 1 is no action; a skipped block does nothing else."""
     skipped = params.get("skip", -1)
     rules = []
-    for i, blocks in enumerate(bands(space, model.num_blocks)):
+    for i, blocks in enumerate(bands(config.space, model.num_blocks)):
         acting = tuple(block for block in blocks if block != skipped)
         if not acting:
             continue
@@ -66,19 +84,25 @@ def candidate(params: dict[str, Any], space: Space, model: ModelIdentity, name: 
             rules.append(Rule(blocks=acting, window=(params["reuse_from"], 1.0), action=action))
     if skipped >= 0:
         rules.append(Rule(blocks=(skipped,), window=(params["skip_from"], 1.0), action=Skip()))
-    return Candidate(BlockPolicy(name=name, model=model, rules=tuple(rules)), params["steps"])
+    steps = params.get("steps", config.generation.num_inference_steps)
+    return Candidate(BlockPolicy(name=name, model=model, rules=tuple(rules)), steps)
 
 
-def anchors(space: Space, num_blocks: int) -> dict[str, dict[str, Any]]:
-    """Known points of the space, measured first: parameters by the name they are reported under."""
+def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
+    """Known points, measured first: what `candidate` takes, by the name they are reported under.
+
+    Those of `space.anchor_steps` take a number of steps that the space may not offer.
+    """
+    space = config.space
     count = len(bands(space, num_blocks))
-    plain = {"steps": space.steps[0], "operand": space.operands[0], "text_until": space.text_until[-1]}
+    plain: dict[str, Any] = {"operand": space.operands[0], "text_until": space.text_until[-1]}
     plain |= {"reuse_from": space.reuse_from[len(space.reuse_from) // 2]}
     plain |= {f"scale_{i}": 1.0 for i in range(count)} | {f"reuse_{i}": 1 for i in range(count)}
     if space.skip:
         plain |= {"skip": -1, "skip_from": 0.5}
+    plain |= {"steps": config.generation.num_inference_steps}
     points = {"unmodified": plain}
-    points |= {f"{steps} steps": plain | {"steps": steps} for steps in space.steps[1:]}
+    points |= {f"{steps} steps": plain | {"steps": steps} for steps in space.anchor_steps}
     for every in space.reuse_every[-2:]:
         points[f"late reuse {every}"] = plain | {f"reuse_{i}": every for i in range(count)}
     louder = "value" if "value" in space.operands else space.operands[0]

@@ -18,11 +18,11 @@ from .front import Point, hypervolume, non_dominated
 from .pool import Job, Pool
 from .progress import Display
 from .run_directory import RunDirectory
-from .space import Candidate, anchors, candidate, distributions
+from .space import Candidate, anchors, candidate, distributions, steps_of, suggest
 from .tracking import Tracker
 from .worker import Measurement, read_prompts
 
-_STUDY = "blocktune"
+STUDY = "blocktune"
 
 
 def study_url(run: RunDirectory, config: Config) -> str:
@@ -53,9 +53,12 @@ def point_of(trial: optuna.trial.FrozenTrial) -> Point:
     return Point(name, alignment, quality, latency, attrs["key"], attrs["steps"], bool(attrs.get("anchor")))
 
 
-def feasible(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+def feasible(study: optuna.Study, anchors: bool = False) -> list[optuna.trial.FrozenTrial]:
+    """Complete trials that keep the constraints; `anchors` are known points, and stand whatever they break."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [t for t in complete if all(v <= 0 for v in t.constraints.values())]
+    return [
+        t for t in complete if all(v <= 0 for v in t.constraints.values()) or (anchors and "anchor" in t.user_attrs)
+    ]
 
 
 def check_objectives(config: Config) -> None:
@@ -76,14 +79,14 @@ class Study:
         self.config, self.run, self.pool, self.tracker, self.display = config, run, pool, tracker, display
         self.model = pool.description.model
         self.prompts = read_prompts(config, "search")
+        self._space = distributions(config, self.model.num_blocks)
+        self._anchors = anchors(config, self.model.num_blocks)
         self._prepare_baseline()
         self._open()
 
     def _prepare_baseline(self) -> None:
         """The unmodified model's pictures and scores, and the cost table: measured once, kept in the run directory."""
-        unmodified = candidate(
-            anchors(self.config.space, self.model.num_blocks)["unmodified"], self.config.space, self.model, "unmodified"
-        )
+        unmodified = candidate(self._anchors["unmodified"], self.config, self.model, "unmodified")
         table = self.run.path / "cost_table.json"
         if not table.exists():
             self.display.say("measuring the cost of every block")
@@ -114,15 +117,12 @@ class Study:
 
     def _open(self) -> None:
         """Create the Optuna study or take it up again: a stored one must be of the same search, its zombies re-run."""
-        space = {
-            k: optuna.distributions.distribution_to_json(d)
-            for k, d in distributions(self.config.space, self.model.num_blocks).items()
-        }
+        space = {k: optuna.distributions.distribution_to_json(d) for k, d in self._space.items()}
         what = {"searched": self.config.searched(), "model": self.model.model_dump(mode="json"), "space": space}
         fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         storage = open_storage(study_url(self.run, self.config))
         self.study = optuna.create_study(
-            study_name=_STUDY, storage=storage, directions=["maximize", "maximize", "minimize"], load_if_exists=True
+            study_name=STUDY, storage=storage, directions=["maximize", "maximize", "minimize"], load_if_exists=True
         )
         known = self.study.user_attrs.get("fingerprint")
         if known not in (None, fingerprint):
@@ -136,9 +136,10 @@ class Study:
         trials = self.study.get_trials(deepcopy=False)
         self.study.sampler = _sampler(self.config, self.config.search.seed + len(trials))
         enqueued = {t.user_attrs.get("anchor") for t in trials}
-        for name, params in anchors(self.config.space, self.model.num_blocks).items():
+        for name, params in self._anchors.items():
             if name not in enqueued:  # a kill may have come between two of them
-                self.study.enqueue_trial(params, user_attrs={"anchor": name})
+                inside = {} if self._outside(name) else {k: v for k, v in params.items() if k in self._space}
+                self.study.enqueue_trial(inside, user_attrs={"anchor": name})
         retried = {t.user_attrs.get("retry_of") for t in trials}
         for zombie in trials:
             if zombie.state == TrialState.RUNNING:
@@ -157,13 +158,11 @@ class Study:
     def search(self) -> None:
         """Run until the config's number of trials has finished."""
         total = self.config.search.trials
-        space = distributions(self.config.space, self.model.num_blocks)
         done = self.finished()
-        self.display.trials(done, total, self._standing(), 0, 0.0)
+        self.display.trials(done, total, self.standing(), 0, 0.0)
         while done < total:
             while self.pool.free and done + self.pool.busy < total:
-                trial = self.study.ask(space)
-                chosen = candidate(trial.params, self.config.space, self.model, f"trial {trial.number}")
+                trial, chosen = self._ask()
                 if chosen.key in self._known:
                     self._tell_known(trial, chosen)
                     done += 1
@@ -177,6 +176,16 @@ class Study:
                 self._tell(job)
                 done += 1
             self.display.tick()
+
+    def _outside(self, anchor: str | None) -> bool:
+        """Whether the anchor lies outside of the space: its sampler must not learn from it."""
+        return anchor is not None and self._anchors[anchor]["steps"] not in steps_of(self.config)
+
+    def _ask(self) -> tuple[optuna.Trial, Candidate]:
+        trial = self.study.ask()
+        anchor = trial.user_attrs.get("anchor")
+        params = self._anchors[anchor] if self._outside(anchor) else suggest(trial, self._space)
+        return trial, candidate(params, self.config, self.model, f"trial {trial.number}")
 
     def _tell_known(self, trial: optuna.Trial, chosen: Candidate) -> None:
         """The same behaviour spelled otherwise is one policy: its scores stand."""
@@ -226,7 +235,7 @@ class Study:
             self._known[chosen.key] = frozen
         self._after(trial.number, chosen, len(measured.images), measured.generate_seconds)
 
-    def _standing(self) -> dict[str, float]:
+    def standing(self) -> dict[str, float]:
         points = [point_of(t) for t in feasible(self.study)]
         if not points:
             return {}
@@ -240,7 +249,7 @@ class Study:
         }
 
     def _after(self, number: int, chosen: Candidate, images: int, seconds: float) -> None:
-        standing = self._standing()
+        standing = self.standing()
         self.tracker.progress(number, standing)
         self.display.trials(self.finished(), self.config.search.trials, standing, images, seconds)
 

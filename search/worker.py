@@ -146,5 +146,5 @@ class Worker:
         for repeat in range(repeats):
             for i, (policy, steps) in enumerate(candidates):
                 run = lambda p=policy, s=steps: generate(self.pipe, prompts, rows, self.config.generation, s, p)  # noqa: E731
-                seconds[i].append(time_runs(run, repeats=1, warmup=int(repeat == 0)))
+                seconds[i].append(time_runs(run, repeats=1, warmup=int(repeat == i == 0)))
         return [float(np.median(s)) for s in seconds]

@@ -58,7 +58,8 @@ class World:
     @property
     def environment(self) -> dict[str, str]:
         return os.environ | {
-            "PYTHONPATH": str(self.folder), "FAULTS": str(self.folder / "faults"), "TEST_MARK": self.mark,
+            "PYTHONPATH": os.pathsep.join([str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "FAULTS": str(self.folder / "faults"), "TEST_MARK": self.mark,
             "COLUMNS": "200", "PAUSE": "0.5", "OMP_NUM_THREADS": "1", "RAY_DISABLE_IMPORT_WARNING": "1",
         }  # fmt: skip
 
@@ -147,7 +148,7 @@ def new_world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Ite
                 "search_images": 3, "confirm_images": 6,
             },
             "objectives": {"alignment": "lamp:Brightness", "quality": "crispness", "reported": ["shapes", "psnr"]},
-            "space": {"steps": [4, 3]},
+            "space": {"anchor_steps": [3]},
             "search": {"trials": trials},
             "confirm": {"candidates": 2, "repeats": 1},
             "ray": {"workers": 1, "cpus_per_worker": 1},

@@ -7,7 +7,7 @@ import optuna
 import pytest
 from blocktune.policies import Plan
 from blocktune.policies.policy import ModelIdentity
-from blocktune.search.config import Space
+from blocktune.search.config import Config, Generation, Space
 from blocktune.search.space import anchors, bands, candidate, distributions
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,55 +26,58 @@ def of(distribution: optuna.distributions.BaseDistribution) -> st.SearchStrategy
 
 
 spaces = st.builds(
-    Space, bands=st.integers(1, 20), skip=st.booleans(), steps=st.sampled_from([(20, 14), (6,)]),
+    Space, bands=st.integers(1, 20), skip=st.booleans(), steps=st.sampled_from([(14,), (20,), ()]),
     operands=st.sampled_from([("input",), ("key", "value", "logit"), ("input", "value")]),
 )  # fmt: skip
-params = spaces.flatmap(
-    lambda space: st.tuples(
-        st.just(space), st.fixed_dictionaries({k: of(d) for k, d in distributions(space, 12).items()})
+configs = st.builds(lambda space: Config(space=space, generation=Generation(num_inference_steps=20)), spaces)
+params = configs.flatmap(
+    lambda config: st.tuples(
+        st.just(config), st.fixed_dictionaries({k: of(d) for k, d in distributions(config, 12).items()})
     )
 )
 
 
 @given(params)
-def test_every_proposal_is_a_policy_that_plans(model: ModelIdentity, drawn: tuple[Space, dict[str, Any]]) -> None:
-    space, values = drawn
-    chosen = candidate(values, space, model, "x")
+def test_every_proposal_is_a_policy_that_plans(model: ModelIdentity, drawn: tuple[Config, dict[str, Any]]) -> None:
+    config, values = drawn
+    chosen = candidate(values, config, model, "x")
     kinds = Plan.compile(chosen.policy, chosen.steps).kinds
-    assert len(kinds) == chosen.steps == values["steps"]
+    assert len(kinds) == chosen.steps == values.get("steps", 20)
     assert {len(row) for row in kinds} == {12}
     skipped = {i for row in kinds for i, kind in enumerate(row) if kind == "skip"}
     assert skipped <= {values.get("skip", -1)}
-    if all(values[f"reuse_{i}"] == 1 for i in range(len(bands(space, 12)))):
+    if all(values[f"reuse_{i}"] == 1 for i in range(len(bands(config.space, 12)))):
         assert "reuse" not in {kind for row in kinds for kind in row}
 
 
 @given(params)
 def test_choices_without_effect_do_not_change_the_key(
-    model: ModelIdentity, drawn: tuple[Space, dict[str, Any]]
+    model: ModelIdentity, drawn: tuple[Config, dict[str, Any]]
 ) -> None:
-    space, values = drawn
-    count = len(bands(space, 12))
+    config, values = drawn
+    count = len(bands(config.space, 12))
     silent = values | {f"scale_{i}": 1.0 for i in range(count)} | {f"reuse_{i}": 1 for i in range(count)}
-    if space.skip:
+    if config.space.skip:
         silent["skip"] = -1
-    plain = anchors(space, 12)["unmodified"] | {"steps": values["steps"]}
-    assert candidate(silent, space, model, "a").key == candidate(plain, space, model, "b").key
+    plain = anchors(config, 12)["unmodified"] | {"steps": values.get("steps", 20)}
+    assert candidate(silent, config, model, "a").key == candidate(plain, config, model, "b").key
 
 
 def test_other_steps_or_actions_change_the_key(model: ModelIdentity) -> None:
-    space = Space()
-    keys = [candidate(values, space, model, name).key for name, values in anchors(space, 12).items()]
+    config = Config()
+    keys = [candidate(values, config, model, name).key for name, values in anchors(config, 12).items()]
     assert len(set(keys)) == len(keys)
 
 
-@given(spaces)
-def test_anchors_lie_in_the_space(space: Space) -> None:
-    choices = distributions(space, 12)
-    for values in anchors(space, 12).values():
-        assert values.keys() == choices.keys()
-        for name, value in values.items():
-            assert choices[name]._contains(choices[name].to_internal_repr(value)), (name, value)
+@given(configs)
+def test_anchors_lie_in_the_space_but_for_their_steps(config: Config) -> None:
+    choices = distributions(config, 12)
+    points = anchors(config, 12)
+    assert [values["steps"] for values in points.values()] == [20, 14, 20, 20, 20]
+    for values in points.values():
+        assert choices.keys() <= values.keys() <= choices.keys() | {"steps"}
+        for name in choices.keys() - {"steps"}:
+            assert choices[name]._contains(choices[name].to_internal_repr(values[name])), name
 
 
 @given(st.integers(1, 40), st.integers(1, 60))

@@ -1,0 +1,91 @@
+"""A search from its config to its report: workers, study, confirm, pictures, records."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .confirm import confirm
+from .front import Confirmed, held_out_name
+from .pool import Pool
+from .progress import Display
+from .report import draw_comparison, draw_front, side_by_side, write_report
+from .run_directory import RunDirectory
+from .study import Study, check_objectives, feasible, point_of
+from .tracking import Tracker
+from .worker import read_prompts
+
+
+def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunDirectory:
+    """Search (or with `confirm_only` just confirm) into the run directory `path`, and return it.
+
+    Whatever is raised on the way, what finished is on disk, and a call with `resume` goes on from there. Raises
+    ConfigError for a user's mistake, JobFailed where a part that everything rests on cannot be measured, OSError and
+    StorageInternalError where nothing can be written.
+    """
+    check_objectives(config)
+    run = RunDirectory.open(path, config, resume)
+    started = time.monotonic()
+    state = run.read_state()
+    pool = tracker = None
+    with Display() as display:
+        try:
+            display.say("starting workers")
+            pool = Pool(config, state.get("dtype"))
+            described = pool.description
+            display.say(f"{pool.size} worker{'s' * (pool.size > 1)} on {described.device}, {described.dtype}")
+            uri = config.mlflow.uri or f"sqlite:///{path.absolute() / 'mlflow.db'}"
+            tracker = Tracker(
+                uri, config.mlflow.experiment, path / "artifacts", config.name, state.get("mlflow_run_id")
+            )
+            run.write_json(run.state, {"dtype": described.dtype, "mlflow_run_id": tracker.run_id})
+            tags = {"fingerprint": described.model.fingerprint, "device": described.device, "dtype": described.dtype}
+            tracker.describe(_flat(config.model_dump(mode="json")), tags | described.versions)
+            study = Study(config, run, pool, tracker, display)
+            if not confirm_only:
+                study.search()
+            confirmed = confirm(study)
+            points = [point_of(t) for t in feasible(study.study, anchors=True)]
+            draw_front(points, study.front(), study.baseline, confirmed, config.confirm.margin, run.front)
+            draw_comparison(run, confirmed)
+            _grids(run, study, confirmed)
+            facts = {
+                "device": f"{described.device}, {described.dtype}",
+                "workers": f"{pool.size} on {len(set(pool.nodes))} node(s)",
+                "versions": ", ".join(f"{k} {v}" for k, v in described.versions.items()),
+                "search": f"{study.finished()} trials of {config.prompts.search_images} pictures",
+                "sampler": f"{config.search.sampler}, seed {config.search.seed}",
+                "time": f"{time.monotonic() - started:.0f} s in this process",
+                "hypervolume": f"{study.standing()['hypervolume']:.3f}",
+            }
+            write_report(run, facts)
+            tracker.finish("FINISHED", [run.front, run.compare, run.report, run.confirmed, run.config])
+        except KeyboardInterrupt:
+            if tracker:
+                tracker.finish("KILLED", [])
+            raise
+        finally:
+            if pool:
+                pool.close()
+    return run
+
+
+def _grids(run: RunDirectory, study: Study, confirmed: list[Confirmed]) -> None:
+    """Pictures of the confirmed candidates, attached to their trials in MLflow."""
+    captions = [p.text for p in read_prompts(study.config, "confirm")[:6]]
+    numbers = {t.user_attrs["key"]: t.number for t in study.study.get_trials(deepcopy=False) if "key" in t.user_attrs}
+    for c in confirmed:
+        path = run.images / f"trial-{numbers[c.key]:04d}.png"
+        columns = {
+            "unmodified": run.read_images("confirm-unmodified")[:6],
+            c.name: run.read_images(held_out_name(c))[:6],
+        }
+        side_by_side(columns, captions, path)
+        study.tracker.front_member(numbers[c.key], path)
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
