@@ -177,14 +177,14 @@ class Study:
                 done += 1
             self.display.tick()
 
-    def _outside(self, anchor: str | None) -> bool:
+    def _outside(self, anchor: str) -> bool:
         """Whether the anchor lies outside of the space: its sampler must not learn from it."""
-        return anchor is not None and self._anchors[anchor]["steps"] not in steps_of(self.config)
+        return self._anchors[anchor]["steps"] not in steps_of(self.config)
 
     def _ask(self) -> tuple[optuna.Trial, Candidate]:
         trial = self.study.ask()
-        anchor = trial.user_attrs.get("anchor")
-        params = self._anchors[anchor] if self._outside(anchor) else suggest(trial, self._space)
+        anchor: str | None = trial.user_attrs.get("anchor")
+        params = self._anchors[anchor] if anchor and self._outside(anchor) else suggest(trial, self._space)
         return trial, candidate(params, self.config, self.model, f"trial {trial.number}")
 
     def _tell_known(self, trial: optuna.Trial, chosen: Candidate) -> None:
