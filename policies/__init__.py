@@ -1,6 +1,7 @@
 """What a policy is and how a pipeline obeys it."""
 
-from .apply import Applied, apply_policy
+from .applied import Applied
+from .apply import apply_policy
 from .error import PolicyError
 from .plan import BlockStep, Counts, Plan
 from .policy import BlockPolicy, ModelIdentity, Reuse, Rule, ScaleText, Skip

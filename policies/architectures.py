@@ -4,43 +4,112 @@ import hashlib
 import inspect
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 from .error import PolicyError
 
+# How the blocks of a ModuleList take and return text and image tokens, each `(batch, tokens, dim)`.
+Streams: TypeAlias = Literal[
+    "text, image",  # takes both, returns (text, image)
+    "image, text",  # takes both, returns (image, text)
+    "joined",  # takes and returns one tensor, the text in front
+    "image",  # takes both, returns the image: the text is the same for every block
+    "mixed",  # takes and returns one tensor in which text and image cannot be told apart from outside
+]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one ModuleList: their streams, and the attention in which the image hears the text.
+
+    The first argument of a block is `hidden_states`, the second, where it takes text by itself,
+    `encoder_hidden_states`; what follows blocktune hands on unread.
+    """
+
+    container: str  # the ModuleList
+    streams: Streams
+    attention: str = "attn"  # attribute of a block
+    text_keys: Literal["first", "last", "all"] = "first"  # where the text stands among the attention's keys
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to find and call the blocks of one transformer class of diffusers.
-
-    Blocks take `(hidden_states, encoder_hidden_states, ...)`: image tokens `(batch, tokens, dim)`, text tokens
-    `(batch, tokens, dim)`, then arguments that blocktune hands on unread. They return both streams; a stream that a
-    block does not produce (the text of the last SD3 block) is None.
-    """
+    """How to find and call the blocks of one transformer class of diffusers."""
 
     transformer: str  # class name
-    containers: tuple[str, ...]  # ModuleLists that hold the blocks, in execution order
-    text_first: bool  # blocks return (text, image), not (image, text)
-    attention: str  # attribute of a block: the attention that joins text and image
-    processors: tuple[str, ...]  # attention processors whose arithmetic `attention.py` reproduces
-    batched_guidance: bool  # pipelines run both halves of guidance in one call, unconditional rows first
-    perturbed_by: str | None  # forward argument present only in the extra, conditional-only call of perturbed guidance
+    blocks: tuple[Blocks, ...]  # in execution order
+    # Pipelines run both halves of guidance in one call, unconditional rows first, or the conditional and then the
+    # unconditional call; some name those calls by `transformer.cache_context`.
+    guidance: Literal["batched", "calls"]
+    perturbed_by: str | None = (
+        None  # forward argument present only in the extra, conditional-only call of perturbed guidance
+    )
+    latents: str = "hidden_states"  # forward argument of the image
+    registers: str | None = None  # parameter `(1, tokens, dim)` put in front of the text
+    image_in_text: str | None = None  # config field that is set where image tokens stand in the text stream
+    filled_by: str | None = None  # forward argument present in calls that fill or read a cache inside of the blocks
 
+
+_JOINT = Blocks("transformer_blocks", "text, image")
+_HUNYUAN = (
+    Blocks("transformer_blocks", "image, text", text_keys="last"),
+    Blocks("single_transformer_blocks", "image, text", text_keys="last"),
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.transformer: row
     for row in (
-        # SD3, SD3.5-Large, and SD3.5-Medium, whose first blocks have a second attention (`attn2`) over image tokens.
+        # SD3, SD3.5-Large, and SD3.5-Medium, whose first blocks have a second attention (`attn2`) over image tokens
         Architecture(
-            transformer="SD3Transformer2DModel",
-            containers=("transformer_blocks",),
-            text_first=True,
-            attention="attn",
-            processors=("JointAttnProcessor2_0",),
-            batched_guidance=True,
+            "SD3Transformer2DModel",
+            (Blocks("transformer_blocks", "text, image", text_keys="last"),),
+            guidance="batched",
             perturbed_by="skip_layers",
+        ),
+        # FLUX.1 dev, schnell, Kontext (whose reference tokens stand behind the image), Fill
+        Architecture(
+            "FluxTransformer2DModel", (_JOINT, Blocks("single_transformer_blocks", "text, image")), guidance="calls"
+        ),
+        # FLUX.2 dev, klein
+        Architecture(
+            "Flux2Transformer2DModel",
+            (_JOINT, Blocks("single_transformer_blocks", "joined")),
+            guidance="calls",
+            filled_by="kv_cache_mode",
+        ),
+        # Qwen-Image; in Qwen-Image-Edit the text stream also holds what the encoder saw of the input picture
+        Architecture("QwenImageTransformer2DModel", (_JOINT,), guidance="calls"),
+        Architecture(
+            "AuraFlowTransformer2DModel",
+            (Blocks("joint_transformer_blocks", "text, image"), Blocks("single_transformer_blocks", "joined")),
+            guidance="batched",
+            registers="register_tokens",
+        ),
+        Architecture(
+            "ChromaTransformer2DModel", (_JOINT, Blocks("single_transformer_blocks", "joined")), guidance="calls"
+        ),
+        Architecture(
+            "CogView4Transformer2DModel",
+            (Blocks("transformer_blocks", "image, text", attention="attn1"),),
+            guidance="calls",
+        ),
+        Architecture("HunyuanImageTransformer2DModel", _HUNYUAN, guidance="calls"),
+        Architecture("HunyuanVideoTransformer3DModel", _HUNYUAN, guidance="calls"),
+        # the refiners of Z-Image and Lumina2, which see one stream alone, are not counted as blocks
+        Architecture("ZImageTransformer2DModel", (Blocks("layers", "mixed"),), guidance="batched", latents="x"),
+        Architecture("Lumina2Transformer2DModel", (Blocks("layers", "mixed"),), guidance="calls"),
+        Architecture(
+            "LTXVideoTransformer3DModel",
+            (Blocks("transformer_blocks", "image", attention="attn2", text_keys="all"),),
+            guidance="batched",
+        ),
+        Architecture(
+            "WanTransformer3DModel",
+            (Blocks("blocks", "image", attention="attn2", text_keys="all"),),
+            guidance="calls",
+            image_in_text="added_kv_proj_dim",
         ),
     )
 }
@@ -68,10 +137,26 @@ def resolve(target: Any) -> tuple[nn.Module, Architecture]:
     return transformer, ARCHITECTURES[name]
 
 
-def block_slots(transformer: nn.Module, architecture: Architecture) -> list[tuple[dict[str, nn.Module | None], str]]:
-    """Where each block hangs, in execution order: the child dict of its ModuleList, and its key there."""
-    containers = [getattr(transformer, name) for name in architecture.containers]
-    return [(container._modules, key) for container in containers for key in container._modules]
+@dataclass(frozen=True)
+class Slot:
+    """Where a block hangs, the child dict of its ModuleList and its key there, and what kind it is."""
+
+    children: dict[str, nn.Module | None]
+    key: str
+    kind: Blocks
+
+    @property
+    def block(self) -> nn.Module:
+        """The module that hangs there now."""
+        block = self.children[self.key]
+        assert block is not None
+        return block
+
+
+def block_slots(transformer: nn.Module, architecture: Architecture) -> list[Slot]:
+    """The slots of all blocks, in execution order."""
+    containers = [(kind, getattr(transformer, kind.container)) for kind in architecture.blocks]
+    return [Slot(container._modules, key, kind) for kind, container in containers for key in container._modules]
 
 
 def fingerprint(transformer: nn.Module) -> str:

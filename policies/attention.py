@@ -1,10 +1,17 @@
-"""Joint attention of text and image with the text made louder inside it."""
+"""The attention in which the image hears the text, with the text made louder inside it.
 
-from typing import Any
+Whatever the processor, the text stands at known places among the keys of one call of `scaled_dot_product_attention`;
+scaling there serves every architecture, and what is rotated (RoPE) or normed before is scaled as if right after it.
+"""
+
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .error import PolicyError
 
 
 def scale_rows(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -16,64 +23,116 @@ def scale_rows(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return torch.where(factor == 0, 0.0, x * factor).to(x.dtype)
 
 
-class ScaledJointAttention:
-    """Does what diffusers' JointAttnProcessor2_0 does (SD3's joint attention, arXiv 2403.03206), with scaled text.
+class ScaledAttention(nn.Module):
+    """Stands in for a block's attention while the block computes.
 
-    Each factor is None or `(batch or 1, tokens or 1, 1)`: `key` scales text keys after their norm, `value` text
-    values, `logit` the weight of text keys for image queries before the softmax is normalised. Text queries see the
-    same keys and values, without the logit factor, as in the softmax they would have had.
+    Each factor is None or `(batch or 1, text tokens or 1, 1)`: `key` scales text keys, `value` text values, `logit`
+    the weight of text keys for image queries before the softmax is normalised. Text queries see the same keys and
+    values, without the logit factor, as in the softmax they would have had.
     """
 
-    def __init__(self, key: torch.Tensor | None, value: torch.Tensor | None, logit: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        text_keys: Literal["first", "last", "all"],
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        logit: torch.Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.text_keys = text_keys
         self.key = key
         self.value = value
         self.logit = logit
+        self.text_tokens = 0  # of the call; set by the block's stand-in
+        self.calls = 0
 
-    def __call__(
+    def __getattr__(self, name: str) -> Any:
+        """A block's forward may read attributes of its attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("attention"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls = 0
+        with _Intercept(self):
+            out = self.attention(*args, **kwargs)
+        if self.calls != 1:
+            raise PolicyError(
+                "scale_text of key, value or logit needs an attention that calls scaled_dot_product_attention once on "
+                "all tokens: use attention backend 'native' and the model's own attention processors."
+            )
+        return out
+
+    def attend(
         self,
-        attn: nn.Module,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normed image `(batch, image tokens, dim)` and text `(batch, text tokens, dim)` -> their attention outputs."""
-        heads: int = attn.heads  # pyright: ignore[reportAssignmentType]
+    ) -> torch.Tensor:
+        """In place of `scaled_dot_product_attention`; all `(batch, heads, tokens, head dim)`.
 
-        def project(linear: Any, norm: Any, x: torch.Tensor) -> torch.Tensor:
-            """(batch, tokens, dim) -> (batch, heads, tokens, head dim)"""
-            x = linear(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-            return x if norm is None else norm(x)
+        Calls on other keys than text and image, as those of an IP adapter, are left alone.
+        """
+        total = key.shape[2]
+        if total != (self.text_tokens if self.text_keys == "all" else query.shape[2]):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+        self.calls = self.calls + 1
+        start = total - self.text_tokens if self.text_keys == "last" else 0
+        end = start + self.text_tokens
 
-        query = project(attn.to_q, attn.norm_q, hidden_states)
-        key = project(attn.to_k, attn.norm_k, hidden_states)
-        value = project(attn.to_v, None, hidden_states)
-        text_query = project(attn.add_q_proj, attn.norm_added_q, encoder_hidden_states)
-        text_key = project(attn.add_k_proj, attn.norm_added_k, encoder_hidden_states)
-        text_value = project(attn.add_v_proj, None, encoder_hidden_states)
+        def louder(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+            if factor is None:
+                return x
+            parts = [x[:, :, :start], scale_rows(x[:, :, start:end], factor.unsqueeze(1)), x[:, :, end:]]
+            return torch.cat(parts, dim=2)
 
-        if self.key is not None:
-            text_key = scale_rows(text_key, self.key.unsqueeze(1))
-        if self.value is not None:
-            text_value = scale_rows(text_value, self.value.unsqueeze(1))
-        key = torch.cat([key, text_key], dim=2)
-        value = torch.cat([value, text_value], dim=2)
-
-        image_tokens = query.shape[2]
+        key, value = louder(key, self.key), louder(value, self.value)
         if self.logit is None:
-            joint = F.scaled_dot_product_attention(torch.cat([query, text_query], dim=2), key, value)
-        else:
-            # One bias row serves every image query, so no (queries x keys) mask is built, and text queries go unmasked.
-            louder = self.logit.to(query.device).log().to(query.dtype).transpose(1, 2).unsqueeze(1)
-            louder = louder.expand(query.shape[0], 1, 1, text_key.shape[2])
-            quiet = louder.new_zeros(query.shape[0], 1, 1, image_tokens)
-            bias = torch.cat([quiet, louder], dim=-1).expand(-1, -1, image_tokens, -1)
-            image = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-            text = F.scaled_dot_product_attention(text_query, key, value)
-            joint = torch.cat([image, text], dim=2)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+        # One bias row serves every image query, so without a mask no (queries x keys) one is built, and text queries go
+        # without.
+        weight = self.logit.to(query.device).log().to(query.dtype).transpose(1, 2).unsqueeze(1)  # (rows, 1, 1, text)
+        weight = weight.expand(-1, -1, -1, self.text_tokens)
+        bias = F.pad(weight, (start, total - end))  # (rows, 1, 1, keys)
+        first, last = query[:, :, :start], query[:, :, end:]
+        outputs = []
+        for at, part in ((0, first), (end, last)):
+            if part.shape[2]:
+                mask = _biased(_rows_of(attn_mask, at, part.shape[2]), bias)
+                mask = mask.expand(part.shape[0], -1, part.shape[2], -1)
+                outputs.append(F.scaled_dot_product_attention(part, key, value, mask, *args, **kwargs))
+        text = query[:, :, start:end]
+        mask = _rows_of(attn_mask, start, self.text_tokens)
+        outputs.insert(1 if start else 0, F.scaled_dot_product_attention(text, key, value, mask, *args, **kwargs))
+        return torch.cat(outputs, dim=2)
 
-        joint = joint.transpose(1, 2).flatten(2)  # (batch, tokens, dim)
-        image, text = joint[:, :image_tokens], joint[:, image_tokens:]
-        image = attn.to_out[1](attn.to_out[0](image))  # pyright: ignore[reportIndexIssue, reportCallIssue]
-        return image, text if attn.context_pre_only else attn.to_add_out(text)  # pyright: ignore[reportCallIssue]
+
+class _Intercept(TorchFunctionMode):
+    """Hands every call of `scaled_dot_product_attention` inside of it to `scaled.attend`."""
+
+    def __init__(self, scaled: ScaledAttention) -> None:
+        super().__init__()
+        self.scaled = scaled
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self.scaled.attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _rows_of(mask: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
+    """The part of an attention mask `(..., queries or 1, keys)` for some of the queries."""
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., start : start + count, :]
+
+
+def _biased(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
+    """The mask, boolean or added, with `bias` added to what it lets through."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias

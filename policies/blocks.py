@@ -8,24 +8,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architectures import Architecture
-from .attention import ScaledJointAttention, scale_rows
-
-Stream = torch.Tensor | None  # (batch, tokens, dim); None where a block does not produce the stream
+from .attention import ScaledAttention, scale_rows
+from .layout import Layout, Stream
 
 
 class Memory:
     """The residual a block computed last: (text, image), output minus input."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_cpu: bool = False) -> None:
+        self.on_cpu = on_cpu
         self.residual: tuple[Stream, torch.Tensor] | None = None
+
+    def keep(self, text: Stream, image: torch.Tensor) -> None:
+        if self.on_cpu:
+            text, image = None if text is None else text.cpu(), image.cpu()
+        self.residual = text, image
+
+    def recall(self, device: torch.device) -> tuple[Stream, torch.Tensor]:
+        """The residual, on `device`; the plan reuses only what an earlier step kept."""
+        assert self.residual is not None
+        text, image = self.residual
+        return None if text is None else text.to(device), image.to(device)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in self.residual or () if part is not None)
 
 
 class _StandIn(nn.Module):
-    def __init__(self, block: nn.Module, architecture: Architecture) -> None:
+    def __init__(self, block: nn.Module, layout: Layout) -> None:
         super().__init__()
         self.block = block
-        self.architecture = architecture
+        self.layout = layout
+        self.called = False
 
     def __getattr__(self, name: str) -> Any:
         """The forward of a transformer reads attributes of its blocks (SD3: `context_pre_only`)."""
@@ -34,90 +49,97 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("block"), name)
 
-    def outputs(self, text: Stream, image: torch.Tensor) -> tuple[Stream, Stream]:
-        return (text, image) if self.architecture.text_first else (image, text)
-
-
-def _streams(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text and image out of a block's arguments, however they are passed."""
-    image, text = args[:2] if args else (kwargs["hidden_states"], kwargs["encoder_hidden_states"])
-    return text, image
+    def stands_in_for(self, block: nn.Module) -> bool:
+        """Whether it was made for this very block, as it is now."""
+        return self.block is block
 
 
 class SkippedBlock(_StandIn):
     """Returns its inputs."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Stream, Stream]:
-        return self.outputs(*_streams(args, kwargs))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = True
+        return self.layout.returned(*self.layout.inputs(args, kwargs))
 
 
 class ReusedBlock(_StandIn):
     """Adds the residual in `memory`; `stream`, if any, scales the running text in front of it."""
 
-    def __init__(
-        self, block: nn.Module, architecture: Architecture, memory: Memory, stream: torch.Tensor | None
-    ) -> None:
-        super().__init__(block, architecture)
+    def __init__(self, block: nn.Module, layout: Layout, memory: Memory, stream: torch.Tensor | None) -> None:
+        super().__init__(block, layout)
         self.memory = memory
         self.stream = stream
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Stream, Stream]:
-        text, image = _streams(args, kwargs)
-        assert self.memory.residual is not None  # the plan reuses only what an earlier step kept
-        text_residual, image_residual = self.memory.residual
-        text = text if self.stream is None else scale_rows(text, self.stream)
-        return self.outputs(None if text_residual is None else text + text_residual, image + image_residual)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = True
+        text, image = self.layout.inputs(args, kwargs)
+        text_residual, image_residual = self.memory.recall(image.device)
+        if text is not None and self.stream is not None:
+            text = scale_rows(text, self.stream)
+        text = None if text is None or text_residual is None else text + text_residual
+        return self.layout.returned(text, image + image_residual)
 
 
 class ComputedBlock(_StandIn):
     """Computes: with the text scaled, keeping its residual, or both.
 
     `stream` scales the running text in front of the block, `local` what this block alone sees of it; both
-    `(batch or 1, tokens or 1, 1)`. `attention` stands in for the processor of the joint attention. `memory` takes the
-    residual, which is counted from the text that the block saw.
+    `(batch or 1, tokens or 1, 1)`. `attention` stands in for the block's attribute of the name `attends`. `memory`
+    takes the residual, which is counted from the text that the block saw.
     """
 
     def __init__(
         self,
         block: nn.Module,
-        architecture: Architecture,
+        layout: Layout,
         memory: Memory | None,
         stream: torch.Tensor | None,
         local: torch.Tensor | None,
-        attention: ScaledJointAttention | None,
+        attends: str,
+        attention: ScaledAttention | None,
     ) -> None:
-        super().__init__(block, architecture)
+        super().__init__(block, layout)
         self.memory = memory
         self.stream = stream
         self.local = local
-        self.attention = attention
+        self.attends = attends
+        # in a tuple: as a child it would be moved, cast and offloaded along with the block that holds the real one
+        self.attention = () if attention is None else (attention,)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Stream, Stream]:
-        text, image = _streams(args, kwargs)
-        if self.stream is not None:
-            text = scale_rows(text, self.stream)
-        seen = text if self.local is None else scale_rows(text, self.local)
-        if args:
-            out = self.compute(image, seen, *args[2:], **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = True
+        layout = self.layout
+        text, image = layout.inputs(args, kwargs)
+        seen = text
+        if text is not None:
+            text = text if self.stream is None else scale_rows(text, self.stream)
+            seen = text if self.local is None else scale_rows(text, self.local)
+        if seen is None or (self.stream is None and self.local is None):
+            returned = self.compute(seen, *args, **kwargs)
         else:
-            out = self.compute(**{**kwargs, "encoder_hidden_states": seen})
-        text_out, image_out = out if self.architecture.text_first else out[::-1]
-
+            returned = layout.call(lambda *a, **k: self.compute(seen, *a, **k), args, kwargs, seen)
+        if self.memory is None and self.local is None:
+            return returned
+        text_out, image_out = layout.outputs(returned)
         if self.memory is not None:
-            self.memory.residual = (None if text_out is None else text_out - seen, image_out - image)
-        if self.local is not None and text_out is not None:
-            local = self.local.to(text.device)
-            text_out = torch.where(local == 1, text_out, text + (text_out - seen))
-        return self.outputs(text_out, image_out)
+            self.memory.keep(None if text_out is None or seen is None else text_out - seen, image_out - image)
+        if self.local is None or text_out is None or text is None or seen is None:
+            return returned
+        unscaled = self.local.to(text.device) == 1
+        return layout.returned(torch.where(unscaled, text_out, text + (text_out - seen)), image_out)
 
-    def compute(self, *args: Any, **kwargs: Any) -> Any:
-        """The block, with the processor swapped in if there is one."""
-        if self.attention is None:
+    def stands_in_for(self, block: nn.Module) -> bool:
+        return self.block is block and all(a.attention is getattr(block, self.attends) for a in self.attention)
+
+    def compute(self, seen: Stream, *args: Any, **kwargs: Any) -> Any:
+        """The block, with its attention swapped if it is to be scaled."""
+        if not self.attention:
             return self.block(*args, **kwargs)
-        joint = getattr(self.block, self.architecture.attention)
-        processor = joint.processor
-        joint.processor = self.attention
+        (scaled,) = self.attention
+        assert seen is not None
+        scaled.text_tokens = seen.shape[1]
+        setattr(self.block, self.attends, scaled)
         try:
             return self.block(*args, **kwargs)
         finally:
-            joint.processor = processor
+            setattr(self.block, self.attends, scaled.attention)

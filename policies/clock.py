@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .error import PolicyError
+from .policy import BlockPolicy
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,11 @@ def read(scheduler: Any) -> Tick:
             "call its set_timesteps before the transformer."
         )
     return Tick(step, num_steps, fresh, schedule)
+
+
+def refuse_without_steps(policy: BlockPolicy, scheduler: Any) -> None:
+    """PolicyError where a rule asks for the step of the run and the scheduler does not tell it."""
+    asks = [i for i, rule in enumerate(policy.rules) if rule.needs_step]
+    if asks and not has_steps(scheduler):
+        lacks = "no scheduler was given" if scheduler is None else f"{type(scheduler).__name__} has no step_index"
+        raise PolicyError(f"rules[{asks[0]}] has a window or reuses, which takes the step of the run, but {lacks}.")

@@ -44,7 +44,7 @@ class Counts:
 class Plan:
     """What each block does at each of the `num_steps` steps of a run that begins at step `start`.
 
-    It covers one call of the transformer per step that holds the whole batch, both halves of guidance included.
+    It covers one call of the transformer per step: the whole batch, or one branch of guidance in a call of its own.
     """
 
     num_steps: int
@@ -52,11 +52,16 @@ class Plan:
     steps: tuple[tuple[BlockStep, ...], ...]  # steps x blocks; a step before `start` is an empty tuple
 
     @classmethod
-    def compile(cls, policy: BlockPolicy, num_steps: int, start: int = 0) -> Self:
-        """Lays `policy` out over steps `start` to `num_steps - 1`; a late start, too, starts with nothing cached."""
+    def compile(cls, policy: BlockPolicy, num_steps: int, start: int = 0, branch: Branch = "both") -> Self:
+        """Lays `policy` out over steps `start` to `num_steps - 1`; a late start, too, starts with nothing cached.
+
+        With `branch` for the calls of that branch alone, whose rows then all hear what the branch hears.
+        """
         rules: list[list[Rule]] = [[] for _ in range(policy.model.num_blocks)]
         for rule in policy.rules:
-            if rule.acts:
+            if branch != "both" and rule.branch == branch:
+                rule = rule.model_copy(update={"branch": "both"})
+            if rule.acts and (branch == "both" or rule.branch == "both"):
                 for block in rule.blocks:
                     rules[block].append(rule)
         columns = [_block_steps(of_block, num_steps, start) for of_block in rules]
@@ -72,6 +77,16 @@ class Plan:
     def keeps(self) -> bool:
         """Whether any block reuses a residual at any step."""
         return any(block.keeps for step in self.steps for block in step)
+
+    @cached_property
+    def held(self) -> int:
+        """The largest number of blocks whose residuals are held at once."""
+        most = now = 0
+        for step in self.steps:
+            now += sum(block.keeps for block in step)
+            most = max(most, now)
+            now -= sum(block.releases for block in step)
+        return most
 
     def counts(self) -> Counts:
         """Block calls of the whole run."""

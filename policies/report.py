@@ -15,6 +15,7 @@ class Call:
 
     step: int
     blocks: tuple[str, ...]
+    branch: str = "both"  # "cond" or "uncond" where guidance makes a call for each
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Report:
     """Block calls of the last run (one pipeline call; without a scheduler, one call of the transformer)."""
 
     calls: tuple[Call, ...] = ()
+    cache_bytes: int = 0  # the most that residuals kept for reuse took at once
 
     def _count(self, part: str) -> int:
         return sum(part in entry.split("+") for call in self.calls for entry in call.blocks)
@@ -58,6 +60,10 @@ class Report:
         if self.calls:
             steps = f"steps {self.calls[0].step} to {self.calls[-1].step}"
             lines.append(f"{steps}: . compute, - skip, = reuse; ^ compute and ~ reuse with scaled text")
-            for block, entries in enumerate(zip(*self.table, strict=True)):
-                lines.append(f"block {block:3d}  " + "".join(_SIGNS[entry] for entry in entries))
+            for branch in dict.fromkeys(call.branch for call in self.calls):
+                if branch != "both":
+                    lines.append(f"{branch}:")
+                rows = (call.blocks for call in self.calls if call.branch == branch)
+                for block, entries in enumerate(zip(*rows, strict=True)):
+                    lines.append(f"block {block:3d}  " + "".join(_SIGNS[entry] for entry in entries))
         return "\n".join(lines)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .policy import Branch
+from .policy import Branch, ScaleText
+from .tokens import Texts
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,28 @@ class Rows:
     guided: bool
     device: torch.device
     dtype: torch.dtype  # of the latents: scales have float64 when they do, and float32 otherwise
+    text_tokens: int | None  # text tokens in front of a joined stream
+    texts: Texts | None = None  # the prompts behind the rows
 
-    def factor(self, scales: Sequence[tuple[Branch, float]]) -> torch.Tensor | None:
-        """What multiplies the text of each row: `(1, 1, 1)`, or `(batch, 1, 1)` if rows differ; None for nothing."""
-        by_branch: dict[Branch, float] = dict(scales)
+    def factor(self, scales: Sequence[tuple[Branch, ScaleText]]) -> torch.Tensor | None:
+        """What multiplies the text of each row, None for nothing.
+
+        `(1, 1, 1)`, or `(batch, 1, 1)` if rows differ, or `(batch, tokens, 1)` if tokens do.
+        """
+        by_branch: dict[Branch, ScaleText] = dict(scales)
         unconditional = self.batch // 2 if self.guided else 0
         if "both" in by_branch:  # then it is the only one: two would contradict each other
-            rows = [by_branch["both"]]
+            rows: list[ScaleText | None] = [by_branch["both"]] * (1 if self.texts is None else self.batch)
         else:
-            rows = [by_branch.get("uncond", 1.0)] * unconditional
-            rows += [by_branch.get("cond", 1.0)] * (self.batch - unconditional)
-        if all(scale == 1.0 for scale in rows):
+            rows = [by_branch.get("uncond")] * unconditional
+            rows += [by_branch.get("cond")] * (self.batch - unconditional)
+        values = [1.0 if action is None else action.scale for action in rows]
+        if all(value == 1.0 for value in values):
             return None
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return torch.tensor(rows, dtype=dtype, device=self.device)[:, None, None]
+        factor = torch.tensor(values, dtype=dtype, device=self.device)[:, None, None]
+        tokens = ["all" if action is None else action.tokens for action in rows]
+        if self.texts is None or all(which == "all" for which in tokens):
+            return factor
+        marks = torch.stack([self.texts.mark(row, which) for row, which in enumerate(tokens)])  # (batch, tokens)
+        return torch.where(marks.to(self.device)[..., None], factor, 1.0)

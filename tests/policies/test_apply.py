@@ -566,8 +566,10 @@ def test_refuses_what_needs_more_than_it_was_given(medium):
     with pytest.raises(PolicyError, match="scheduler is for a bare transformer; a pipeline brings its own"):
         apply_policy(medium, policy_for(medium), scheduler=medium.scheduler)
     phrase = policy_for(medium, Rule(blocks=[1], action=ScaleText(operand="key", scale=2, tokens=["cat"])))
-    with pytest.raises(PolicyError, match=r"rules\[0\].action.tokens is \('cat',\); this version can apply only 'all'"):
-        apply_policy(medium, phrase)
+    with pytest.raises(PolicyError, match=r"rules\[0\].action.tokens is \('cat',\); .* with a pipeline's tokenizers"):
+        apply_policy(medium.transformer, phrase)
+    with pytest.raises(PolicyError, match="cache_device is 'disk'; it must be None or 'cpu'"):
+        apply_policy(medium, policy_for(medium), cache_device="disk")
 
 
 def test_refuses_a_scheduler_that_cannot_tell_the_step(medium):
@@ -611,10 +613,12 @@ def test_refuses_a_batch_that_has_no_halves(medium):
         medium.transformer(**transformer_inputs(medium, batch=3))
 
 
-def test_refuses_an_attention_processor_it_does_not_know(medium):
+def test_refuses_an_attention_that_it_cannot_reach(medium):
+    """A processor with arithmetic of its own would hear nothing of a scale."""
+
     class Custom:
-        def __call__(self, *args, **kwargs):
-            raise AssertionError
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+            return hidden_states, encoder_hidden_states
 
     before = snapshot(medium.transformer)
     policy = policy_for(
@@ -623,8 +627,39 @@ def test_refuses_an_attention_processor_it_does_not_know(medium):
     original = medium.transformer.transformer_blocks[1].attn.processor
     with apply_policy(medium, policy):
         medium.transformer.transformer_blocks[1].attn.processor = Custom()
-        with pytest.raises(PolicyError, match=r"Block 1 attends by Custom; .* needs JointAttnProcessor2_0"):
+        with pytest.raises(PolicyError, match="needs an attention that calls scaled_dot_product_attention once"):
             generate(medium)
         medium.transformer.transformer_blocks[1].attn.processor = original
         generate(medium)
     assert snapshot(medium.transformer) == before
+
+
+def test_refuses_a_forward_that_passes_its_blocks_by(medium):
+    """Another library may call the blocks it took out of the model, and a policy would silently do nothing."""
+    model, inputs = medium.transformer, transformer_inputs(medium)
+    blocks = list(model.transformer_blocks)
+    with torch.no_grad(), apply_policy(medium, policy_for(medium, Rule(blocks=[1], action=Skip()))):
+        forward = model.forward
+
+        def elsewhere(**kwargs):
+            here, model.transformer_blocks = model.transformer_blocks, torch.nn.ModuleList(blocks)
+            try:
+                return forward(**kwargs)
+            finally:
+                model.transformer_blocks = here
+
+        model.forward = elsewhere
+        with pytest.raises(PolicyError, match="Block 1 was not called where the policy acts on it"):
+            model(**inputs)
+        del model.forward
+        model(**inputs)
+
+
+def test_residuals_in_main_memory_are_the_same(medium):
+    policy = policy_for(medium, Rule(blocks=[1, 2], action=Reuse(every=3)))
+    with apply_policy(medium, policy) as applied:
+        expected = generate(medium)
+    with apply_policy(medium, policy, cache_device="cpu") as on_cpu:
+        assert torch.equal(generate(medium), expected)
+    # two blocks, two rows, 16 image and 12 + 4 text tokens, 32 wide, float32
+    assert applied.report.cache_bytes == on_cpu.report.cache_bytes == 2 * 2 * (16 + 16) * 32 * 4
