@@ -1,0 +1,68 @@
+"""HunyuanImage and HunyuanVideo: the text follows the image, and single-stream blocks, too, take both apart."""
+
+from typing import Any
+
+import torch
+from diffusers import HunyuanImageTransformer2DModel, HunyuanVideoTransformer3DModel
+from torch import nn
+
+from .family import BLOCKS, IMAGE_TEXT, TEXT_DIM, Container, Draw, Family, Output
+
+HUNYUAN = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": BLOCKS,
+    "num_single_layers": BLOCKS,
+    "num_refiner_layers": 1,
+    "text_embed_dim": TEXT_DIM,
+}
+
+
+def hunyuan_image() -> nn.Module:
+    return HunyuanImageTransformer2DModel(**HUNYUAN, rope_axes_dim=(8, 8))
+
+
+def hunyuan_image_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
+    return {
+        "hidden_states": draw(4, size, size),
+        "encoder_hidden_states": draw(text_tokens, TEXT_DIM),
+        "encoder_attention_mask": draw.mask(text_tokens),
+        "timestep": draw.time(1000),
+    }
+
+
+def hunyuan_video() -> nn.Module:
+    return HunyuanVideoTransformer3DModel(
+        **HUNYUAN, patch_size=1, pooled_projection_dim=TEXT_DIM, rope_axes_dim=(4, 6, 6)
+    )
+
+
+def hunyuan_video_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
+    return {
+        "hidden_states": draw(4, 2, size, size),
+        "encoder_hidden_states": draw(text_tokens, TEXT_DIM),
+        "encoder_attention_mask": draw.mask(text_tokens),
+        "pooled_projections": draw(TEXT_DIM),
+        "timestep": draw.time(1000),
+        "guidance": torch.full((draw.batch,), 6000.0, dtype=torch.float64),
+    }
+
+
+CONTAINERS = (
+    Container("transformer_blocks", IMAGE_TEXT, "apart"),
+    Container("single_transformer_blocks", IMAGE_TEXT, "apart", Output("attn.norm_k", 1), Output("attn.to_v", 1)),
+)
+
+FAMILIES = [
+    Family(
+        "hunyuan-image",
+        hunyuan_image,
+        hunyuan_image_inputs,
+        CONTAINERS,
+        text_last=True,
+        not_checkpointed=None,
+    ),
+    Family("hunyuan-video", hunyuan_video, hunyuan_video_inputs, CONTAINERS, text_last=True),
+]

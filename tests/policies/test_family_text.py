@@ -1,0 +1,97 @@
+"""How every family hears its text: each operand of each block against the model changed by hand (`by_hand.py`)."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from blocktune.policies import BlockPolicy, PolicyError, Reuse, Rule, ScaleText, apply_policy
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from .by_hand import forward_as, keeping_residuals, scaled_text
+from .families import FAMILIES, Family
+
+OPERANDS = [("input", "propagate"), ("input", "local"), ("key", None), ("value", None), ("logit", None)]
+CASES = [(family, operand, scope) for family in FAMILIES for operand, scope in OPERANDS]
+
+
+def cases(*chosen: tuple[Family, str, str | None]) -> pytest.MarkDecorator:
+    ids = [f"{family.name}-{scope or operand}" for family, operand, scope in chosen]
+    return pytest.mark.parametrize(("family", "operand", "scope"), chosen, ids=ids, scope="module")
+
+
+heard = cases(*[case for case in CASES if case[0].hears(*case[1:])])
+
+
+def policy_for(model: torch.nn.Module, *rules: Rule) -> BlockPolicy:
+    return BlockPolicy.for_model(model, "test", rules)
+
+
+@heard
+def test_the_reference_is_the_model(family, operand, scope, model, monkeypatch):
+    expected = family.forward(model)
+    for index in range(len(family.slots)):
+        with scaled_text(monkeypatch, model, family, index, operand, scope, 1.0):
+            torch.testing.assert_close(family.forward(model), expected, rtol=1e-6, atol=1e-6)
+
+
+@heard
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.7])
+def test_operand_is_as_written_out(family, operand, scope, model, monkeypatch, scale):
+    expected = family.forward(model)
+    for index in range(len(family.slots)):
+        rule = Rule(blocks=[index], action=ScaleText(operand=operand, scale=scale, scope=scope))
+        with apply_policy(model, policy_for(model, rule)) as applied:
+            got = family.forward(model)
+        assert applied.report.scaled == 1
+        with scaled_text(monkeypatch, model, family, index, operand, scope, scale):
+            torch.testing.assert_close(got, family.forward(model), rtol=1e-5, atol=1e-5)
+        # Blocks norm the text that they are given, so that a louder input is heard further on, if at all.
+        if operand != "input" or scale == 0 or (scope == "propagate" and index < len(family.slots) - 1):
+            assert not torch.allclose(got, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.hears("value")], ids=lambda family: family.name, scope="module"
+)
+def test_operands_combine_on_one_block(family, model, monkeypatch):
+    factors = [("key", None, 1.3), ("value", None, 0.7), ("input", "local", 0.0)]
+    if family.hears("logit"):
+        factors.append(("logit", None, 2.0))
+    for index in (0, len(family.slots) - 1):
+        rules = [Rule(blocks=[index], action=ScaleText(operand=o, scope=c, scale=s)) for o, c, s in factors]
+        with apply_policy(model, policy_for(model, *rules)):
+            got = family.forward(model)
+        with ExitStack() as stack:
+            for operand, scope, scale in factors:
+                stack.enter_context(scaled_text(monkeypatch, model, family, index, operand, scope, scale))
+            torch.testing.assert_close(got, family.forward(model), rtol=1e-5, atol=1e-5)
+
+
+@cases(*[case for case in CASES if case[1] == "input" and case[0].hears(*case[1:])])
+def test_reuse_with_scaled_text(family, operand, scope, model, monkeypatch):
+    """The residual is counted from the text the block saw; the running stream is scaled at reusing steps, too."""
+    scheduler, blocks = FlowMatchEulerDiscreteScheduler(), [*range(len(family.slots))]
+    rules = [
+        Rule(blocks=blocks, action=Reuse(every=2)),
+        Rule(blocks=blocks, action=ScaleText(operand=operand, scale=1.7, scope=scope)),
+    ]
+    with apply_policy(model, policy_for(model, *rules), scheduler=scheduler) as applied:
+        got = family.denoise(model, scheduler)
+    with ExitStack() as stack:
+        for index in blocks:
+            block = family.block(model, index)
+            kept = keeping_residuals(block, family.slots[index][0], ["compute", "reuse"] * 2)
+            stack.enter_context(forward_as(block, kept))
+            stack.enter_context(scaled_text(monkeypatch, model, family, index, operand, scope, 1.7))
+        torch.testing.assert_close(got, family.denoise(model, scheduler), rtol=1e-5, atol=1e-5)
+    second = "reuse+scale" if scope == "propagate" else "reuse"
+    assert applied.report.table == tuple((kind,) * len(blocks) for kind in ("compute+scale", second) * 2)
+
+
+@cases(*[case for case in CASES if not case[0].hears(*case[1:])])
+def test_text_that_cannot_be_heard_is_refused(family, operand, scope, model):
+    """One sentence names what cannot be: the operand or its scope, or, where text cannot be located, text itself."""
+    keyword = scope or operand if family.hears("value") else "text"
+    rule = Rule(blocks=[0], action=ScaleText(operand=operand, scope=scope, scale=2.0))
+    with pytest.raises(PolicyError, match=keyword):
+        apply_policy(model, policy_for(model, rule))
