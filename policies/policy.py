@@ -28,6 +28,7 @@ SCHEMA_VERSION = 1
 
 Branch: TypeAlias = Literal["both", "cond", "uncond"]
 Operand: TypeAlias = Literal["input", "key", "value", "logit"]
+Tokens: TypeAlias = Literal["all", "prompt"] | tuple[str, ...]
 # At least 0 and finite; `+ 0.0` turns -0.0 into 0.0, so that equal policies have equal digests.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0), AfterValidator(lambda x: x + 0.0)]
 
@@ -104,7 +105,7 @@ class ScaleText(_Action):
     type: Literal["scale_text"] = "scale_text"
     operand: Operand
     scale: Number
-    tokens: Literal["all", "prompt"] | tuple[str, ...] = "all"
+    tokens: Tokens = "all"
     scope: Literal["local", "propagate"] | None = None
 
     @field_validator("tokens", mode="before")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .policy import Branch, ScaleText
+from .policy import Branch, ScaleText, Tokens
 from .tokens import Texts
 
 
@@ -37,7 +37,7 @@ class Rows:
             return None
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         factor = torch.tensor(values, dtype=dtype, device=self.device)[:, None, None]
-        tokens = ["all" if action is None else action.tokens for action in rows]
+        tokens: list[Tokens] = ["all" if action is None else action.tokens for action in rows]
         if self.texts is None or all(which == "all" for which in tokens):
             return factor
         marks = torch.stack([self.texts.mark(row, which) for row, which in enumerate(tokens)])  # (batch, tokens)

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from .error import PolicyError, short
+from .policy import Tokens
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Texts:
     def __init__(self, rows: list[list[Stretch]]) -> None:
         self.rows = rows
 
-    def mark(self, row: int, tokens: Literal["all", "prompt"] | tuple[str, ...]) -> torch.Tensor:
+    def mark(self, row: int, tokens: Tokens) -> torch.Tensor:
         """Which tokens of the row `tokens` names: bool `(tokens,)`."""
         parts = []
         for prompt, spans in self.rows[row]:
