@@ -1,6 +1,6 @@
 """Seconds of a generation: timed directly, or predicted for a policy from a cost table measured block by block.
 
-Covered: pipelines whose transformer keeps its blocks in `transformer_blocks` and runs once per step, on CPU and CUDA.
+Covered: every architecture that policies know, on CPU and CUDA; a step is one call of the transformer.
 Not covered: what a policy adds beside its blocks (storing residuals, masks), and compiled transformers; time the
 policy itself with `time_runs` before a number is claimed.
 """
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model_validator
 
+from ..policies.architectures import block_slots, resolve
 from .evaluator import as_array
 
 _ADDITIONS = 20  # residual additions timed together
@@ -103,7 +104,7 @@ def measure_cost_table(pipe: Any, call: Callable[[], Any], repeats: int = 5) -> 
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; accepted: 1 or more")
-    blocks = list(pipe.transformer.transformer_blocks)
+    blocks = [slot.block for slot in block_slots(*resolve(pipe))]
     if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in (pipe.transformer, *blocks)):
         raise ValueError("pipe has a compiled transformer, which timing hooks would recompile; accepted: an eager one")
     outputs, images = _survey(blocks, call)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from blocktune.evaluators import CostTable, measure_cost_table, time_runs
 from blocktune.policies import BlockPolicy, Reuse, Rule, Skip
+from blocktune.policies.architectures import ARCHITECTURES, Architecture, Blocks
 from blocktune.policies.plan import Plan
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from pydantic import ValidationError
@@ -226,6 +227,12 @@ class Sleepers(torch.nn.Module):
         for block in self.transformer_blocks:
             x = block(x)[1]
         return x
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    row = Architecture("Sleepers", (Blocks("transformer_blocks", "text, image"),), guidance="batched")
+    monkeypatch.setitem(ARCHITECTURES, "Sleepers", row)
 
 
 def test_times_land_where_they_were_spent():
