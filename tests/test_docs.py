@@ -1,4 +1,4 @@
-"""Every Python block of the README and the docs runs as it is printed, on tiny models in place of the published ones."""
+"""Every Python block of the README and the docs runs as printed, on a tiny model in place of the published ones."""
 
 import re
 from pathlib import Path
