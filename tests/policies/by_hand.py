@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from .families import TEXT_TOKENS, Container, Family, Output
+from .families import Container, Family, Output
 
 
 @contextmanager
@@ -61,21 +61,64 @@ def keeping_residuals(block: nn.Module, container: Container, kinds: list[str]) 
     return by_hand
 
 
-def heard(block: nn.Module, container: Container, scope: str, scale: float, text_rows: slice) -> Callable[..., Any]:
-    """A block's forward whose incoming text is `scale` times as large."""
+# --- text --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def scaled_text(
+    monkeypatch: pytest.MonkeyPatch,
+    model: nn.Module,
+    family: Family,
+    index: int,
+    operand: str,
+    scope: str | None,
+    factors: torch.Tensor,
+) -> Iterator[None]:
+    """Block `index` hears each token of its text as loud as `factors` (batch or 1, text tokens) has it."""
+    container, _ = family.slots[index]
+    block = family.block(model, index)
+
+    def of_all(tokens: int) -> torch.Tensor:
+        """(batch or 1, tokens): the factors of text and image in the order of the joint attention."""
+        image = torch.ones(factors.shape[0], tokens - factors.shape[1])
+        return torch.cat([image, factors] if family.text_last else [factors, image], dim=1)
+
+    if operand == "input":
+        with forward_as(block, hearing(block, container, scope == "propagate", factors, of_all)):
+            yield
+    elif operand == "logit":
+        tokens = factors.shape[1]
+        text = slice(-tokens, None) if family.text_last else slice(tokens)
+        with softmax_written_out(monkeypatch, block.get_submodule(container.attention), of_all, text):
+            yield
+    else:
+        where = container.key if operand == "key" else container.value
+        hook = scaling_output(where, of_all if where.image_too else lambda _: factors)
+        handle = block.get_submodule(where.module).register_forward_hook(hook)
+        yield
+        handle.remove()
+
+
+def hearing(
+    block: nn.Module,
+    container: Container,
+    propagates: bool,
+    factors: torch.Tensor,
+    of_all: Callable[[int], torch.Tensor],
+) -> Callable[..., Any]:
+    """A block's forward whose incoming text is scaled."""
     original = block.forward
+    name = "hidden_states" if container.text == "joined" else "encoder_hidden_states"
 
     def by_hand(*args: Any, **kwargs: Any) -> Any:
         arguments = given(block, args, kwargs)
         arguments.pop("self")
-        name = "hidden_states" if container.text == "joined" else "encoder_hidden_states"
-        rows = text_rows if container.text == "joined" else slice(None)
-        stream = arguments[name]
-        seen = stream.clone()
-        seen[:, rows] *= scale
         more = arguments.pop("args", ())  # what a block of Hunyuan takes and does not read
+        stream = arguments[name]
+        scales = of_all(stream.shape[1]) if container.text == "joined" else factors
+        seen = stream * scales[..., None].to(stream.dtype)
         after = original(*(arguments | {name: seen}).values(), *more)
-        if scope == "propagate" or name not in container.returns:
+        if propagates or name not in container.returns:
             return after
         streams = list(after) if isinstance(after, tuple) else [after]
         at = container.returns.index(name)
@@ -86,27 +129,30 @@ def heard(block: nn.Module, container: Container, scope: str, scale: float, text
     return by_hand
 
 
-def scaled_output(where: Output, scale: float, text_rows: slice) -> Callable[..., torch.Tensor]:
+def scaling_output(where: Output, factors_of: Callable[[int], torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A forward hook that scales what the module makes of the text."""
 
     def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        output = output.clone()
-        at = [slice(None)] * output.ndim
-        if where.tokens is not None:
-            at[where.tokens] = text_rows
-        if where.columns is not None:
-            at[-1] = slice(*where.columns)
-        output[tuple(at)] *= scale
-        return output
+        factors = factors_of(output.shape[where.tokens])
+        shape = [1] * output.ndim
+        shape[0], shape[where.tokens] = factors.shape
+        scaled = output * factors.view(shape).to(output.dtype)
+        if where.columns is None:
+            return scaled
+        start, stop = where.columns
+        return torch.cat([output[..., :start], scaled[..., start:stop], output[..., stop:]], dim=-1)
 
     return hook
 
 
 @contextmanager
 def softmax_written_out(
-    monkeypatch: pytest.MonkeyPatch, attention: nn.Module, scale: float, text_rows: slice
+    monkeypatch: pytest.MonkeyPatch,
+    attention: nn.Module,
+    weights_of: Callable[[int], torch.Tensor],
+    text: slice,
 ) -> Iterator[None]:
-    """In `attention`, text weighs `scale` times as much for image queries before the weights are normalised."""
+    """In `attention` keys weigh as much more as `weights_of` them says, but to the queries `text`, before the sum."""
 
     def attend(
         query: torch.Tensor,  # (batch, heads, queries, head dim)
@@ -120,15 +166,11 @@ def softmax_written_out(
     ) -> torch.Tensor:
         logits = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
         if attn_mask is not None:
-            bias = attn_mask if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -math.inf)
-            logits = logits + bias
-        weights = torch.exp(logits - logits.amax(-1, keepdim=True)) * louder(query, key)
-        return weights / weights.sum(-1, keepdim=True) @ value
-
-    def louder(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        text_keys, text_queries = torch.ones(key.shape[2]), torch.zeros(query.shape[2], 1)
-        text_keys[text_rows], text_queries[text_rows] = scale, 1.0
-        return torch.where(text_queries == 1, 1.0, text_keys.double())
+            logits = logits + (torch.where(attn_mask, 0.0, -math.inf) if attn_mask.dtype == torch.bool else attn_mask)
+        weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+        louder = weights * weights_of(key.shape[2])[:, None, None].to(query.dtype)
+        louder[:, :, text] = weights[:, :, text]
+        return louder / louder.sum(-1, keepdim=True) @ value
 
     original = attention.forward
 
@@ -139,32 +181,3 @@ def softmax_written_out(
 
     with forward_as(attention, by_hand):
         yield
-
-
-@contextmanager
-def scaled_text(
-    monkeypatch: pytest.MonkeyPatch,
-    model: nn.Module,
-    family: Family,
-    index: int,
-    operand: str,
-    scope: str | None,
-    scale: float,
-) -> Iterator[None]:
-    """The text of block `index` is scaled meanwhile; it is the whole of `family.inputs()`."""
-    container, _ = family.slots[index]
-    block = family.block(model, index)
-    tokens = TEXT_TOKENS + family.registers
-    text_rows = slice(-tokens, None) if family.text_last else slice(tokens)
-    if operand == "input":
-        assert scope is not None
-        with forward_as(block, heard(block, container, scope, scale, text_rows)):
-            yield
-    elif operand == "logit":
-        with softmax_written_out(monkeypatch, block.get_submodule(container.attention), scale, text_rows):
-            yield
-    else:
-        where = container.key if operand == "key" else container.value
-        handle = block.get_submodule(where.module).register_forward_hook(scaled_output(where, scale, text_rows))
-        yield
-        handle.remove()

@@ -8,7 +8,7 @@ from blocktune.policies import BlockPolicy, PolicyError, Reuse, Rule, ScaleText,
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from .by_hand import forward_as, keeping_residuals, scaled_text
-from .families import FAMILIES, Family
+from .families import FAMILIES, TEXT_TOKENS, Family
 
 OPERANDS = [("input", "propagate"), ("input", "local"), ("key", None), ("value", None), ("logit", None)]
 CASES = [(family, operand, scope) for family in FAMILIES for operand, scope in OPERANDS]
@@ -26,11 +26,16 @@ def policy_for(model: torch.nn.Module, *rules: Rule) -> BlockPolicy:
     return BlockPolicy.for_model(model, "test", rules)
 
 
+def all_text(family: Family, scale: float) -> torch.Tensor:
+    """(1, text tokens): each token of `family.inputs()` as loud."""
+    return torch.full((1, TEXT_TOKENS + family.registers), scale, dtype=torch.float64)
+
+
 @heard
 def test_the_reference_is_the_model(family, operand, scope, model, monkeypatch):
     expected = family.forward(model)
     for index in range(len(family.slots)):
-        with scaled_text(monkeypatch, model, family, index, operand, scope, 1.0):
+        with scaled_text(monkeypatch, model, family, index, operand, scope, all_text(family, 1.0)):
             torch.testing.assert_close(family.forward(model), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -43,7 +48,7 @@ def test_operand_is_as_written_out(family, operand, scope, model, monkeypatch, s
         with apply_policy(model, policy_for(model, rule)) as applied:
             got = family.forward(model)
         assert applied.report.scaled == 1
-        with scaled_text(monkeypatch, model, family, index, operand, scope, scale):
+        with scaled_text(monkeypatch, model, family, index, operand, scope, all_text(family, scale)):
             torch.testing.assert_close(got, family.forward(model), rtol=1e-5, atol=1e-5)
         # Blocks norm the text that they are given, so that a louder input is heard further on, if at all.
         if operand != "input" or scale == 0 or (scope == "propagate" and index < len(family.slots) - 1):
@@ -63,7 +68,9 @@ def test_operands_combine_on_one_block(family, model, monkeypatch):
             got = family.forward(model)
         with ExitStack() as stack:
             for operand, scope, scale in factors:
-                stack.enter_context(scaled_text(monkeypatch, model, family, index, operand, scope, scale))
+                stack.enter_context(
+                    scaled_text(monkeypatch, model, family, index, operand, scope, all_text(family, scale))
+                )
             torch.testing.assert_close(got, family.forward(model), rtol=1e-5, atol=1e-5)
 
 
@@ -82,7 +89,7 @@ def test_reuse_with_scaled_text(family, operand, scope, model, monkeypatch):
             block = family.block(model, index)
             kept = keeping_residuals(block, family.slots[index][0], ["compute", "reuse"] * 2)
             stack.enter_context(forward_as(block, kept))
-            stack.enter_context(scaled_text(monkeypatch, model, family, index, operand, scope, 1.7))
+            stack.enter_context(scaled_text(monkeypatch, model, family, index, operand, scope, all_text(family, 1.7)))
         torch.testing.assert_close(got, family.denoise(model, scheduler), rtol=1e-5, atol=1e-5)
     second = "reuse+scale" if scope == "propagate" else "reuse"
     assert applied.report.table == tuple((kind,) * len(blocks) for kind in ("compute+scale", second) * 2)

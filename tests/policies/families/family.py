@@ -28,7 +28,8 @@ class Output:
     """Where a block computes the keys or values of its text: an output of one of its modules."""
 
     module: str
-    tokens: int | None = None  # the dimension of the tokens when text and image come out together; None: only text does
+    tokens: int = 1  # the dimension of the tokens
+    image_too: bool = False  # the tokens of the image come out with those of the text
     columns: tuple[int, int] | None = None  # of the last dimension, where the module gives more than keys or values
 
 
@@ -137,4 +138,5 @@ def stacked(output: Any) -> torch.Tensor:
 
 
 DOUBLE = Container("transformer_blocks", TEXT_IMAGE, "apart")
-JOINED = Container("single_transformer_blocks", IMAGE, "joined", Output("attn.norm_k", 1), Output("attn.to_v", 1))
+JOINT_KEY, JOINT_VALUE = Output("attn.norm_k", image_too=True), Output("attn.to_v", image_too=True)
+JOINED = Container("single_transformer_blocks", IMAGE, "joined", JOINT_KEY, JOINT_VALUE)

@@ -8,7 +8,21 @@ import torch
 from diffusers import ChromaTransformer2DModel, Flux2Transformer2DModel, FluxTransformer2DModel
 from torch import nn
 
-from .family import BLOCKS, DIM, DOUBLE, IMAGE, JOINED, TEXT_DIM, TEXT_IMAGE, Container, Draw, Family, Output
+from .family import (
+    BLOCKS,
+    DIM,
+    DOUBLE,
+    IMAGE,
+    JOINED,
+    JOINT_KEY,
+    JOINT_VALUE,
+    TEXT_DIM,
+    TEXT_IMAGE,
+    Container,
+    Draw,
+    Family,
+    Output,
+)
 
 FLUX = {
     "in_channels": 4,
@@ -87,9 +101,10 @@ def grid_ids(size: int, axes: int) -> torch.Tensor:
 
 FLUX_CONTAINERS = (
     DOUBLE,
-    Container("single_transformer_blocks", TEXT_IMAGE, "apart", Output("attn.norm_k", 1), Output("attn.to_v", 1)),
+    Container("single_transformer_blocks", TEXT_IMAGE, "apart", JOINT_KEY, JOINT_VALUE),
 )
-FUSED = Output("attn.to_qkv_mlp_proj", 1, (2 * DIM, 3 * DIM))  # queries, keys, values, then the MLP
+# One module computes queries, keys, values and then the MLP's input.
+FUSED = Output("attn.to_qkv_mlp_proj", image_too=True, columns=(2 * DIM, 3 * DIM))
 
 FAMILIES = [
     Family("flux-dev", flux(guidance_embeds=True), dev_inputs, FLUX_CONTAINERS),
@@ -98,7 +113,7 @@ FAMILIES = [
         "flux2",
         flux2,
         flux2_inputs,
-        (DOUBLE, Container("single_transformer_blocks", IMAGE, "joined", Output("attn.norm_k", 1), FUSED)),
+        (DOUBLE, Container("single_transformer_blocks", IMAGE, "joined", JOINT_KEY, FUSED)),
     ),
     Family(
         "chroma",

@@ -6,7 +6,7 @@ import torch
 from diffusers import HunyuanImageTransformer2DModel, HunyuanVideoTransformer3DModel
 from torch import nn
 
-from .family import BLOCKS, IMAGE_TEXT, TEXT_DIM, Container, Draw, Family, Output
+from .family import BLOCKS, IMAGE_TEXT, JOINT_KEY, JOINT_VALUE, TEXT_DIM, Container, Draw, Family
 
 HUNYUAN = {
     "in_channels": 4,
@@ -52,7 +52,7 @@ def hunyuan_video_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, A
 
 CONTAINERS = (
     Container("transformer_blocks", IMAGE_TEXT, "apart"),
-    Container("single_transformer_blocks", IMAGE_TEXT, "apart", Output("attn.norm_k", 1), Output("attn.to_v", 1)),
+    Container("single_transformer_blocks", IMAGE_TEXT, "apart", JOINT_KEY, JOINT_VALUE),
 )
 
 FAMILIES = [

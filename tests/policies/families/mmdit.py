@@ -113,6 +113,9 @@ def cogview4_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
     }
 
 
+# The heads go before the tokens when it norms its keys.
+SD3_NORMED = Container("transformer_blocks", TEXT_IMAGE, "apart", Output("attn.norm_added_k", tokens=2))
+
 FAMILIES = [
     Family(
         "sd3",
@@ -121,12 +124,12 @@ FAMILIES = [
         (Container("transformer_blocks", TEXT_IMAGE, "apart", Output("attn.add_k_proj")),),  # keys have no norm
         text_last=True,
     ),
-    Family("sd3.5-large", sd3(qk_norm="rms_norm"), sd3_inputs, (DOUBLE,), text_last=True),
+    Family("sd3.5-large", sd3(qk_norm="rms_norm"), sd3_inputs, (SD3_NORMED,), text_last=True),
     Family(
         "sd3.5-medium",
         sd3(qk_norm="rms_norm", dual_attention_layers=(0, 1)),
         sd3_inputs,
-        (DOUBLE,),
+        (SD3_NORMED,),
         text_last=True,
     ),
     Family("qwen-image", qwen_image, qwen_image_inputs, (DOUBLE,)),
@@ -141,6 +144,14 @@ FAMILIES = [
         "cogview4",
         cogview4,
         cogview4_inputs,
-        (Container("transformer_blocks", IMAGE_TEXT, "apart", Output("attn1.norm_k", 2), Output("attn1.to_v", 1)),),
+        (
+            Container(
+                "transformer_blocks",
+                IMAGE_TEXT,
+                "apart",
+                Output("attn1.norm_k", tokens=2, image_too=True),
+                Output("attn1.to_v", image_too=True),
+            ),
+        ),
     ),
 ]
