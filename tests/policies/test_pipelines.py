@@ -250,11 +250,15 @@ def test_branches_that_a_pipeline_does_not_name_share_no_residuals(image_to_imag
     assert applied.report.skipped == 14
     with changed(pipe, True, lambda *_: skipped_by_hand(pipe.transformer, family, [1])):
         assert torch.equal(got, generate(pipe, guided=True, **STARTED))
-    with (
-        apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=Reuse(every=2)))),
-        pytest.raises(PolicyError, match="twice"),
-    ):
-        generate(pipe, guided=True, **STARTED)
+    model, kinds = pipe.transformer, ["compute", "reuse"] * 3 + ["compute"]
+    with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=Reuse(every=2)))) as applied:
+        got = generate(pipe, guided=True, **STARTED)
+    assert [call.branch for call in applied.report.calls] == [*BRANCHES] * 7
+    forwards = {
+        called: {1: keeping_residuals(family.block(model, 1), family.slots[1][0], kinds)} for called in BRANCHES
+    }
+    with changed(pipe, True, lambda _, called: replaced(model, family, forwards[called])):
+        torch.testing.assert_close(got, generate(pipe, guided=True, **STARTED), rtol=1e-4, atol=1e-4)
 
 
 @guidance
@@ -411,25 +415,27 @@ def test_a_bare_transformer_knows_no_prompt(spelling, tokens):
 
 
 @pytest.mark.parametrize("tokens", ["prompt", ("red cat",)], ids=["prompt", "phrase"])
-def test_embeddings_tell_no_prompt(spelling, tokens):
-    """Not even after a run that had one."""
+def test_embeddings_tell_their_prompt_only_where_they_were_made_under_the_policy(spelling, tokens):
     pipe, family = spelling
-    plain = generate(pipe, **off(pipe))
     names = {
         "flux-dev": ("prompt_embeds", "pooled_prompt_embeds"),
         "qwen-image": ("prompt_embeds",),
         "sd3": ("prompt_embeds", "", "pooled_prompt_embeds"),
     }[family.name]
-    with torch.no_grad():
+
+    def encode(prompt: str) -> dict[str, torch.Tensor]:
         lengths = {} if family.name == "qwen-image" else {"max_sequence_length": LENGTH}
         more = {"prompt_3": None, "prompt_2": None} if family.name == "sd3" else {}
         more |= {"prompt_2": None} if family.name == "flux-dev" else {}
-        encoded = pipe.encode_prompt("a red cat", **more, **lengths, device=torch.device("cpu"))
-    embeddings = {name: tensor for name, tensor in zip(names, encoded, strict=False) if name}
+        with torch.no_grad():
+            encoded = pipe.encode_prompt(prompt, **more, **lengths, device=torch.device("cpu"))
+        return {name: tensor for name, tensor in zip(names, encoded, strict=False) if name}
+
+    before = encode("a big red cat")
     rule = Rule(blocks=[1], action=ScaleText(operand="value", scale=2.0, tokens=tokens))
     with apply_policy(pipe, policy_for(pipe, rule)):
         scaled = generate(pipe, **off(pipe))
-        with pytest.raises(PolicyError, match="prompt"):
-            generate(pipe, prompt=None, **embeddings, **off(pipe))
+        with pytest.raises(PolicyError, match="Row 0 of the prompt embeddings did not come from"):
+            generate(pipe, prompt=None, **before, **off(pipe))
+        assert torch.equal(generate(pipe, prompt=None, **encode("a red cat"), **off(pipe)), scaled)
         assert torch.equal(generate(pipe, **off(pipe)), scaled)
-    assert torch.equal(generate(pipe, prompt=None, **embeddings, **off(pipe)), plain)
