@@ -6,7 +6,7 @@ from importlib.metadata import version
 from itertools import combinations
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +22,7 @@ from pydantic import (
 
 from .architectures import block_slots, fingerprint, resolve
 from .error import PolicyError, refusal, short
+from .json_file import json_of
 
 SCHEMA = "urn:blocktune:policy:v1"
 SCHEMA_VERSION = 1
@@ -262,19 +263,12 @@ class BlockPolicy(_Content):
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
         """Reads a policy file. Raises PolicyError when it is missing, unreadable, not JSON, or not a valid policy."""
-        try:
-            data = json.loads(Path(path).read_text("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
+        with json_of(path) as data:
             if not isinstance(data, dict) or "schema_version" not in data:
                 raise PolicyError(
                     f"schema_version is missing; a policy file is a JSON object with it, now {SCHEMA_VERSION}."
                 )
             return cls.model_validate(data)
-        except OSError as error:
-            raise PolicyError(f"{path} cannot be read: {error.strerror}.") from None
-        except PolicyError as error:
-            raise PolicyError(f"{path}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise PolicyError(f"{path} is not valid JSON: {error}.") from None
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the policy file; `load` gives an equal policy back. Raises OSError where `open` would."""
@@ -328,18 +322,6 @@ def _joined(windows: list[tuple[float, float]]) -> list[list[float]]:
         else:
             joined.append([start, end])
     return joined
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise PolicyError(f"{name} is not a number that JSON has; every number must be finite.")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise PolicyError(f"{next(k for k in keys if keys.count(k) > 1)} is given twice in one object; give it once.")
-    return data
 
 
 _PARTS: dict[str, type[BaseModel]] = {
