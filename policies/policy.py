@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import combinations
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +24,9 @@ from pydantic import (
 from .architectures import block_slots, fingerprint, resolve
 from .error import PolicyError, refusal, short
 from .json_file import json_of
+
+if TYPE_CHECKING:
+    from . import formats
 
 SCHEMA = "urn:blocktune:policy:v1"
 SCHEMA_VERSION = 1
@@ -180,7 +184,12 @@ class ModelIdentity(_Content):
 
     @classmethod
     def of(cls, pipe_or_transformer: Any) -> Self:
-        """The identity of a pipeline's transformer, or of a transformer; PolicyError for an unknown class."""
+        """The identity of a pipeline's transformer, or of a transformer; an identity as it is.
+
+        Raises PolicyError for an unknown class.
+        """
+        if isinstance(pipe_or_transformer, cls):
+            return pipe_or_transformer
         transformer, architecture = resolve(pipe_or_transformer)
         num_blocks = len(block_slots(transformer, architecture))
         return cls(transformer=architecture.transformer, num_blocks=num_blocks, fingerprint=fingerprint(transformer))
@@ -259,6 +268,36 @@ class BlockPolicy(_Content):
     def for_model(cls, pipe_or_transformer: Any, name: str, rules: "list[Rule] | tuple[Rule, ...]") -> Self:
         """A policy bound to the architecture at hand; PolicyError for an unknown class or rules that do not fit."""
         return cls(name=name, model=ModelIdentity.of(pipe_or_transformer), rules=tuple(rules))
+
+    @classmethod
+    def from_ecad(cls, path: str | PathLike[str], model: Any, *, partial: "formats.Partial" = "refuse") -> Self:
+        """The policy of an ECAD schedule for `model`, a pipeline, transformer or ModelIdentity; see `formats.ecad`."""
+        from . import formats
+
+        identity = ModelIdentity.of(model)
+        return cls(model=identity, **formats.ecad(path, identity.num_blocks, partial))
+
+    @classmethod
+    def from_textailor(
+        cls,
+        model: Any,
+        layers: Sequence[int],
+        scale: float | Sequence[float] | None = None,
+        way: "formats.Way" = "strengthen",
+    ) -> Self:
+        """The policy of a TexTailor controller for `model`; see `formats.textailor`."""
+        from . import formats
+
+        identity = ModelIdentity.of(model)
+        return cls(model=identity, **formats.textailor(identity.num_blocks, layers, scale, way))
+
+    @classmethod
+    def from_step_mask(cls, model: Any, mask: Sequence[bool] | Sequence[int]) -> Self:
+        """The policy for `model` that computes the steps where `mask` is 1 and reuses the others."""
+        from . import formats
+
+        identity = ModelIdentity.of(model)
+        return cls(model=identity, **formats.step_mask(identity.num_blocks, mask))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
