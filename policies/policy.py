@@ -23,6 +23,7 @@ from pydantic import (
 
 from .architectures import block_slots, fingerprint, resolve
 from .error import PolicyError, refusal, short
+from .hub import Hub
 from .json_file import json_of
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def _with_header(schema: dict[str, Any]) -> None:
     schema.update({"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA})
 
 
-class BlockPolicy(_Content):
+class BlockPolicy(_Content, Hub):
     """Rules bound to one model architecture. Compared by content; `digest` leaves out what is not behaviour.
 
     Two rules contradict each other when some block would get both in overlapping windows and branches, and one of them
