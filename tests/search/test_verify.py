@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blocktune.policies import BlockPolicy, ModelIdentity, Reuse, Rule
+from blocktune.policies import BlockPolicy, ModelIdentity, Reuse, Rule, ScaleText
 from blocktune.reference.pipeline import new_transformer
 from blocktune.search.cli import main
 
@@ -100,6 +100,21 @@ def test_a_better_score_than_claimed_holds(verify: Verify, tmp_path: Path, monke
     assert ends == {
         ("crispness", 1000.0): 1, ("crispness", -1000.0): 0, ("dull:Dull", 1000.0): 0, ("dull:Dull", -1000.0): 1
     }  # fmt: skip
+
+
+def test_the_unmodified_model_runs_as_the_file_says(verify: Verify) -> None:
+    told = json.loads(verify({"unmodified": {"num_inference_steps": 3, "batch": 2}}, "--json")[1])
+    assert (told["steps"], told["unmodified_steps"], told["batch"], told["images"]) == (STEPS, 3, 2, 3)
+    assert told["holds"] is None
+
+
+def test_pictures_that_are_not_finite_do_not_hold(verify: Verify) -> None:
+    loud = Rule(blocks=(0,), action=ScaleText(operand="value", scale=1e38))
+    code, out, err = verify(None, policy=BlockPolicy.for_model(new_transformer(), "loud", [loud]))
+    assert (code, out) == (1, "")
+    assert (
+        err.splitlines()[-1] == "blocktune: loud does not hold: the pipeline returned pixels that are NaN or infinite"
+    )
 
 
 def test_a_policy_without_evidence_is_timed_and_said_to_be_unconfirmed(verify: Verify) -> None:
