@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import combinations
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +23,11 @@ from pydantic import (
 
 from .architectures import block_slots, fingerprint, resolve
 from .error import PolicyError, refusal, short
+from .hub import Hub
+from .json_file import json_of
+
+if TYPE_CHECKING:
+    from . import formats
 
 SCHEMA = "urn:blocktune:policy:v1"
 SCHEMA_VERSION = 1
@@ -180,7 +186,12 @@ class ModelIdentity(_Content):
 
     @classmethod
     def of(cls, pipe_or_transformer: Any) -> Self:
-        """The identity of a pipeline's transformer, or of a transformer; PolicyError for an unknown class."""
+        """The identity of a pipeline's transformer, or of a transformer; an identity as it is.
+
+        Raises PolicyError for an unknown class.
+        """
+        if isinstance(pipe_or_transformer, cls):
+            return pipe_or_transformer
         transformer, architecture = resolve(pipe_or_transformer)
         num_blocks = len(block_slots(transformer, architecture))
         return cls(transformer=architecture.transformer, num_blocks=num_blocks, fingerprint=fingerprint(transformer))
@@ -198,7 +209,7 @@ def _with_header(schema: dict[str, Any]) -> None:
     schema.update({"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA})
 
 
-class BlockPolicy(_Content):
+class BlockPolicy(_Content, Hub):
     """Rules bound to one model architecture. Compared by content; `digest` leaves out what is not behaviour.
 
     Two rules contradict each other when some block would get both in overlapping windows and branches, and one of them
@@ -261,21 +272,44 @@ class BlockPolicy(_Content):
         return cls(name=name, model=ModelIdentity.of(pipe_or_transformer), rules=tuple(rules))
 
     @classmethod
+    def from_ecad(cls, path: str | PathLike[str], model: Any, *, partial: "formats.Partial" = "refuse") -> Self:
+        """The policy of an ECAD schedule for `model`, a pipeline, transformer or ModelIdentity; see `formats.ecad`."""
+        from . import formats
+
+        identity = ModelIdentity.of(model)
+        return cls(model=identity, **formats.ecad(path, identity.num_blocks, partial))
+
+    @classmethod
+    def from_textailor(
+        cls,
+        model: Any,
+        layers: Sequence[int],
+        scale: float | Sequence[float] | None = None,
+        way: "formats.Way" = "strengthen",
+    ) -> Self:
+        """The policy of a TexTailor controller for `model`; see `formats.textailor`."""
+        from . import formats
+
+        identity = ModelIdentity.of(model)
+        return cls(model=identity, **formats.textailor(identity.num_blocks, layers, scale, way))
+
+    @classmethod
+    def from_step_mask(cls, model: Any, mask: Sequence[bool] | Sequence[int]) -> Self:
+        """The policy for `model` that computes the steps where `mask` is 1 and reuses the others."""
+        from . import formats
+
+        identity = ModelIdentity.of(model)
+        return cls(model=identity, **formats.step_mask(identity.num_blocks, mask))
+
+    @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
         """Reads a policy file. Raises PolicyError when it is missing, unreadable, not JSON, or not a valid policy."""
-        try:
-            data = json.loads(Path(path).read_text("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
+        with json_of(path) as data:
             if not isinstance(data, dict) or "schema_version" not in data:
                 raise PolicyError(
                     f"schema_version is missing; a policy file is a JSON object with it, now {SCHEMA_VERSION}."
                 )
             return cls.model_validate(data)
-        except OSError as error:
-            raise PolicyError(f"{path} cannot be read: {error.strerror}.") from None
-        except PolicyError as error:
-            raise PolicyError(f"{path}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise PolicyError(f"{path} is not valid JSON: {error}.") from None
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the policy file; `load` gives an equal policy back. Raises OSError where `open` would."""
@@ -329,18 +363,6 @@ def _joined(windows: list[tuple[float, float]]) -> list[list[float]]:
         else:
             joined.append([start, end])
     return joined
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise PolicyError(f"{name} is not a number that JSON has; every number must be finite.")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise PolicyError(f"{next(k for k in keys if keys.count(k) > 1)} is given twice in one object; give it once.")
-    return data
 
 
 _PARTS: dict[str, type[BaseModel]] = {

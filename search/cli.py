@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,6 +14,11 @@ app = typer.Typer(
 )  # fmt: skip
 RunArgument = Annotated[Path, typer.Argument(help="a run directory")]
 DEFAULT_RUN = Path("runs/reference")
+PolicyArgument = Annotated[Path, typer.Argument(help="a policy file")]
+ModelOption = Annotated[str, typer.Option(help="pipeline folder or hub id")]
+PromptsOption = Annotated[
+    str, typer.Option(help="`test`, `confirm`, `search` of the reference model, or a JSON lines file")
+]
 
 
 @app.command()
@@ -183,26 +188,25 @@ def export(
 
 
 def _prepare(policy, model: str, steps: int | None, guidance: float | None):
-    """A pipeline, the sampling that `policy` was tuned for with what the user changed, and the steps."""
+    """A pipeline, the sampling of the unmodified model that `policy` is compared with, and the steps under `policy`."""
     import torch
 
-    from .config import Generation
+    from .config import ConfigError, Generation, parsed
     from .generation import load
 
     tuned = (policy.tuned_for or {}) if policy else {}
+    evidence = (policy.evidence or {}) if policy else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = tuned.get("dtype") or ("bfloat16" if device == "cuda" else "float32")
-    fields: dict[str, Any] = {
-        k: tuned[k] for k in ("guidance_scale", "height", "width", "max_sequence_length") if tuned.get(k) is not None
-    }
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"tuned_for.dtype is {dtype!r}; accepted: float32, bfloat16, float16.")
+    names = ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length")
+    sampling = {name: tuned[name] for name in names if tuned.get(name) is not None}
     if guidance is not None:
-        fields["guidance_scale"] = guidance
-    generation = Generation(**fields)
-    return (
-        load(model, device, getattr(torch, dtype)),
-        generation,
-        steps or tuned.get("num_inference_steps", generation.num_inference_steps),
-    )
+        sampling["guidance_scale"] = guidance
+    under = parsed(Generation, sampling, "tuned_for")
+    unmodified = parsed(Generation, {**sampling, **evidence.get("unmodified", {})}, "evidence.unmodified")
+    return load(model, device, getattr(torch, dtype)), unmodified, steps or under.num_inference_steps
 
 
 @app.command()
@@ -210,7 +214,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="what to draw")],
     policy: Annotated[Path | None, typer.Option(help="a policy file; without it the unmodified model draws")] = None,
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("out.png"),
-    model: Annotated[str, typer.Option(help="pipeline folder or hub id")] = "reference",
+    model: ModelOption = "reference",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="the policy's own when not given")] = None,
     guidance: Annotated[float | None, typer.Option(help="the policy's own when not given")] = None,
@@ -242,31 +246,22 @@ def generate(
 
 @app.command()
 def evaluate(
-    policy: Annotated[Path, typer.Argument(help="a policy file")],
-    model: Annotated[str, typer.Option(help="pipeline folder or hub id")] = "reference",
-    prompts: Annotated[
-        str, typer.Option(help="`test`, `confirm`, `search` of the reference model, or a JSON lines file")
-    ] = "test",
+    policy: PolicyArgument,
+    model: ModelOption = "reference",
+    prompts: PromptsOption = "test",
     images: Annotated[int | None, typer.Option(min=2, help="the first so many prompts; all when not given")] = None,
     evaluators: Annotated[str, typer.Option(help="names, separated by commas")] = "shapes,shapes_binary,crispness",
 ) -> None:
     """Score a policy against the unmodified model, paired, with 95 % intervals."""
-    from ..evaluators import get, load_prompts, paired_interval
+    from ..evaluators import get, paired_interval
     from ..policies import BlockPolicy
-    from ..reference import prompts as reference_prompts
-    from .config import ConfigError
     from .generation import embed
     from .generation import generate as pictures
     from .progress import Display
     from .report import _points
 
     loaded = BlockPolicy.load(policy)
-    if prompts in ("search", "confirm", "test"):
-        chosen = reference_prompts(prompts)[:images]
-    elif Path(prompts).exists():
-        chosen = load_prompts(prompts)[:images]
-    else:
-        raise ConfigError(f"--prompts is {prompts!r}; accepted: search, confirm, test, or a JSON lines file.")
+    chosen = _prompts(prompts, images)
     scorers = [get(name) for name in evaluators.split(",")]
     pipe, generation, count = _prepare(loaded, model, None, None)
     display = Display()
@@ -285,6 +280,51 @@ def evaluate(
             f"{scorer.name:<16} {result.value:.4f}  unmodified {result.baseline:.4f}  "
             f"{_points(result)} points, n = {result.n}"
         )
+
+
+def _prompts(source: str, images: int | None):
+    from ..evaluators import load_prompts
+    from ..reference import prompts
+    from .config import ConfigError
+
+    if source in ("search", "confirm", "test"):
+        return prompts(source)[:images]
+    if Path(source).exists():
+        return load_prompts(source)[:images]
+    raise ConfigError(f"--prompts is {source!r}; accepted: search, confirm, test, or a JSON lines file.")
+
+
+@app.command()
+def verify(
+    policy: PolicyArgument,
+    model: ModelOption = "reference",
+    prompts: PromptsOption = "test",
+    images: Annotated[int, typer.Option(min=2, help="the first so many prompts")] = 96,
+    evaluators: Annotated[
+        str | None, typer.Option(help="of those in the file, separated by commas; the built-in ones when not given")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="how much slower than the file says still holds")
+    ] = 0.1,
+    json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Measure a policy on this device and say whether what its file claims holds: exit 0 if so, 1 if not."""
+    from ..policies import BlockPolicy
+    from .generation import BrokenPicture
+    from .progress import Display
+    from .verify import verify as measured
+
+    loaded = BlockPolicy.load(policy)
+    chosen = _prompts(prompts, images)
+    pipe, generation, steps = _prepare(loaded, model, None, None)
+    wanted = evaluators.split(",") if evaluators is not None else None
+    try:
+        result = measured(loaded, pipe, chosen, generation, steps, wanted, tolerance, Display().say)
+    except BrokenPicture as error:
+        _fail(f"{loaded.name} does not hold: {error}", 1)
+    typer.echo(json.dumps(result.to_dict(), indent=2) if json_ else "\n".join(result.lines))
+    if result.holds is False:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,10 +1,12 @@
 """The configuration of a search: every field has a default, and without a file it searches the reference model."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -152,11 +154,16 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
             target[last] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ConfigError(f"--set {item!r}: {value!r} is not a YAML value.") from None
+    return parsed(Config, data)
+
+
+def parsed(model: type[M], data: Any, where: str = "") -> M:
+    """`data` as a `model`, or a ConfigError on its first fault; `where` stands in front of the field's name."""
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(filter(None, [where, *map(str, first["loc"])]))
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{field} is not a field of the config; see blocktune schema --config.") from None
         raise ConfigError(f"{field} is {first['input']!r}: {first['msg'].lower()}.") from None

@@ -114,6 +114,7 @@ def _file(study: Study, name: str, member: Confirmed, policy: BlockPolicy, compa
             "evidence": {
                 "confirmed": measured | {"speedup": member.speedup, "seconds_per_batch": member.seconds},
                 "compared": compared,
+                "unmodified": {"num_inference_steps": generation.num_inference_steps, "batch": generation.batch},
                 "device": description.device,
                 "versions": description.versions,
                 "study": study.config.name,

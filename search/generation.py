@@ -1,5 +1,6 @@
 """Pictures from a pipeline: the one function behind search, confirm, evaluate and generate."""
 
+import platform
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -37,6 +38,13 @@ def load(path: str, device: str, dtype: torch.dtype) -> Any:
         ) from None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def device_name(device: str | torch.device) -> str:
+    """What the numbers are of: the GPU, or the CPU and how many threads of it torch uses."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from ..evaluators import CostTable, Prompt, get, load_prompts, measure_cost_tabl
 from ..policies import BlockPolicy
 from ..policies.policy import ModelIdentity
 from .config import Config, ConfigError
-from .generation import embed, generate, load
+from .generation import device_name, embed, generate, load
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,13 @@ class Worker:
 
         scale = self.pipe.vae_scale_factor
         size = self.pipe.transformer.config.sample_size * scale
-        device = (
-            torch.cuda.get_device_name()
-            if self.device == "cuda"
-            else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-        )
         return Description(
             model=ModelIdentity.of(self.pipe),
             scheduler=type(self.pipe.scheduler).__name__,
             height=self.config.generation.height or size,
             width=self.config.generation.width or size,
             dtype=self.dtype,
-            device=device,
+            device=device_name(self.device),
             node=ray.get_runtime_context().get_node_id(),
             versions={m.__name__: m.__version__ for m in (torch, diffusers, transformers)}
             | {"python": platform.python_version()},

@@ -20,6 +20,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "empty prompt": (["generate", "--prompt", " "], "--prompt is empty"),
     "no policy": (["generate", "--prompt", "a ring", "--policy", "none.json"], "none.json"),
     "evaluate nothing": (["evaluate", "none.json"], "none.json"),
+    "verify nothing": (["verify", "none.json"], "none.json"),
 }
 
 

@@ -153,6 +153,18 @@ def test_evaluate_scores_a_policy_against_the_unmodified_model(world: Any, searc
     assert done.stdout.count("n = 4") == 2
 
 
+def test_verify_measures_again_what_confirm_filed(world: Any, searched: Path, tiny_model: Path) -> None:
+    policy = sorted((searched / "policies").glob("*.json"))[0]
+    ask = ["verify", policy, "--model", tiny_model, "--prompts", world.folder / "confirm.jsonl", "--tolerance", 0.99]
+    told = json.loads(world.run(*ask, "--evaluators", "lamp:Brightness,crispness,shapes,psnr", "--json").stdout)
+    assert told["holds"]
+    assert [figure["name"] for figure in told["figures"][1:]] == ["lamp:Brightness", "crispness", "shapes", "psnr"]
+    for figure in told["figures"][1:]:  # the prompts and seeds that were confirmed, so the very scores
+        assert figure["measured"]["delta"] == pytest.approx(figure["claimed"]["delta"], abs=1e-3)
+    assert "lamp:Brightness  not checked" in world.run(*ask).stdout
+    assert (told["unmodified_steps"], told["batch"]) == (4, 6)
+
+
 def test_schema_and_env(world: Any) -> None:
     assert json.loads(world.run("schema").stdout)["title"] == "BlockPolicy"
     assert "search" in json.loads(world.run("schema", "--config").stdout)["properties"]
