@@ -4,9 +4,10 @@ Nothing here looks at the library. Whatever is put on a model is gone at the end
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from .families import Container, Family, Output
+
+BRANCHES = ("cond", "uncond")  # in the order in which pipelines call them
 
 
 @contextmanager
@@ -61,6 +64,20 @@ def keeping_residuals(block: nn.Module, container: Container, kinds: list[str]) 
     return by_hand
 
 
+@contextmanager
+def changed(pipe: Any, guided: bool, change: Callable[[int, str], AbstractContextManager]) -> Iterator[None]:
+    """Each call of the transformer runs inside `change(step, branch)`; when `guided`, there are two at each step."""
+    original, calls = pipe.transformer.forward, itertools.count()
+
+    def by_hand(*args: Any, **kwargs: Any) -> Any:
+        step, call = divmod(next(calls), 1 + guided)
+        with change(step, BRANCHES[call]):
+            return original(*args, **kwargs)
+
+    with forward_as(pipe.transformer, by_hand):
+        yield
+
+
 # --- text --------------------------------------------------------------------------------------------------------
 
 
@@ -94,9 +111,8 @@ def scaled_text(
     else:
         where = container.key if operand == "key" else container.value
         hook = scaling_output(where, of_all if where.image_too else lambda _: factors)
-        handle = block.get_submodule(where.module).register_forward_hook(hook)
-        yield
-        handle.remove()
+        with block.get_submodule(where.module).register_forward_hook(hook):
+            yield
 
 
 def hearing(

@@ -4,6 +4,7 @@ Pictures are 16x16 pixels and 16 image tokens; each container of blocks holds as
 """
 
 from string import ascii_letters, ascii_lowercase
+from typing import Any
 
 import torch
 from diffusers import (
@@ -32,6 +33,9 @@ from transformers import (
 from .families import BLOCKS
 
 TEXT_DIM = 32
+CLIP_TOKENS = 12
+LONGEST = 16  # T5's text is always as long, and Qwen-Image's at most
+STEPS = 4
 
 
 def louder(transformer: nn.Module) -> nn.Module:
@@ -48,7 +52,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     """Spells every word letter by letter, between two marks."""
     letters = [*ascii_lowercase, *(f"{letter}</w>" for letter in ascii_lowercase)]
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], model_max_length=12)
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], model_max_length=CLIP_TOKENS
+    )
 
 
 def clip_encoder() -> CLIPTextModel:
@@ -59,7 +65,7 @@ def clip_encoder() -> CLIPTextModel:
         projection_dim=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=12,
+        max_position_embeddings=CLIP_TOKENS,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -196,3 +202,19 @@ def with_t5(pipe: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
     torch.manual_seed(0)
     pipe.register_modules(text_encoder_3=t5_encoder(), tokenizer_3=t5_tokenizer())
     return pipe
+
+
+def generate(pipe: Any, guided: bool = False, **kwargs: Any) -> torch.Tensor:
+    """Latents (1, 16, 16) of FLUX.1 and Qwen-Image, (1, 4, 8, 8) of Stable Diffusion 3."""
+    defaults = {
+        "prompt": "a red cat",
+        "num_inference_steps": STEPS,
+        "height": 16,
+        "width": 16,
+        "max_sequence_length": LONGEST,
+        "generator": torch.Generator().manual_seed(1),
+        "output_type": "latent",
+    }
+    scale = "guidance_scale" if isinstance(pipe, StableDiffusion3Pipeline) else "true_cfg_scale"
+    defaults |= {scale: 3.0, "negative_prompt": "a dog"} if guided else {scale: 1.0}
+    return pipe(**defaults | kwargs).images

@@ -145,10 +145,8 @@ def test_no_residual_outlives_its_run(family, model):
         for other in ({"batch": 1}, {"size": 6}):
             family.denoise(model, scheduler, **other)
             torch.testing.assert_close(family.denoise(model, scheduler), expected)
-        handle = failing.register_forward_hook(fail)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with failing.register_forward_hook(fail), pytest.raises(RuntimeError, match="out of memory"):
             family.denoise(model, scheduler)
-        handle.remove()
         torch.testing.assert_close(family.denoise(model, scheduler), expected)
 
 
@@ -171,17 +169,16 @@ def test_report_is_what_ran(family, model):
         table[1][2] = table[2][2] = "compute+scale"
     ran = [[] for _ in range(STEPS)]
     scheduler = new_scheduler()
-    handles = [
-        family.block(model, index).register_forward_hook(
-            lambda *_, index=index: ran[scheduler.step_index or 0].append(index)
-        )
-        for index in range(last + 1)
-    ]
-    with apply_policy(model, policy_for(model, *rules), scheduler=scheduler) as applied:
+
+    def watch(index: int) -> Any:
+        block = family.block(model, index)
+        return block.register_forward_hook(lambda *_: ran[scheduler.step_index or 0].append(index))
+
+    with ExitStack() as stack, apply_policy(model, policy_for(model, *rules), scheduler=scheduler) as applied:
+        for index in range(last + 1):
+            stack.enter_context(watch(index))
         assert applied.report.calls == ()
         family.denoise(model, scheduler)
-    for handle in handles:
-        handle.remove()
     report = applied.report
     assert report.table == tuple(map(tuple, table))
     assert ran == [[i for i, entry in enumerate(row) if entry.startswith("compute")] for row in table]
@@ -230,11 +227,12 @@ def test_leaving_after_an_exception_inside_a_block(family, model, error):
     def fail(*_):
         raise error("inside")
 
-    with apply_policy(model, policy_for(model, *busy(family)), scheduler=scheduler):
-        handle = family.block(model, 2).register_forward_hook(fail)
-        with pytest.raises(error, match="inside"):
-            family.denoise(model, scheduler)
-        handle.remove()
+    with (
+        apply_policy(model, policy_for(model, *busy(family)), scheduler=scheduler),
+        family.block(model, 2).register_forward_hook(fail),
+        pytest.raises(error, match="inside"),
+    ):
+        family.denoise(model, scheduler)
     assert snapshot(model) == before
     assert all(map(torch.equal, family.denoise(model, scheduler), expected))
 
@@ -279,15 +277,16 @@ def test_concurrent_forwards_are_refused_not_corrupted(family, model):
     rule = Rule(blocks=[1], action=Skip())
     alone = under(model, family, rule)
     with apply_policy(model, policy_for(model, rule)):
-        handle = family.block(model, 0).register_forward_hook(hold)
-        thread = threading.Thread(target=lambda: results.append(family.forward(model)))
-        thread.start()
-        assert inside.wait(10)
-        with pytest.raises(PolicyError, match="thread"):
-            family.forward(model)
-        go_on.set()
-        thread.join()
-        handle.remove()
+        with family.block(model, 0).register_forward_hook(hold):
+            thread = threading.Thread(target=lambda: results.append(family.forward(model)))
+            thread.start()
+            assert inside.wait(10)
+            try:
+                with pytest.raises(PolicyError, match="thread"):
+                    family.forward(model)
+            finally:
+                go_on.set()
+                thread.join()
         assert torch.equal(results[0], alone)
         assert torch.equal(family.forward(model), alone)
 

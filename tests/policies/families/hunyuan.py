@@ -1,5 +1,6 @@
 """HunyuanImage and HunyuanVideo: the text follows the image, and single-stream blocks, too, take both apart."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ def hunyuan_image_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, A
     }
 
 
-def hunyuan_video() -> nn.Module:
-    return HunyuanVideoTransformer3DModel(
-        **HUNYUAN, patch_size=1, pooled_projection_dim=TEXT_DIM, rope_axes_dim=(4, 6, 6)
+def hunyuan_video(**config: Any) -> Callable[[], nn.Module]:
+    return lambda: HunyuanVideoTransformer3DModel(
+        **HUNYUAN, patch_size=1, pooled_projection_dim=TEXT_DIM, rope_axes_dim=(4, 6, 6), **config
     )
 
 
@@ -64,5 +65,12 @@ FAMILIES = [
         text_last=True,
         not_checkpointed=None,
     ),
-    Family("hunyuan-video", hunyuan_video, hunyuan_video_inputs, CONTAINERS, text_last=True),
+    Family("hunyuan-video", hunyuan_video(), hunyuan_video_inputs, CONTAINERS, text_last=True),
+    Family(
+        "hunyuan-video-i2v",  # whose blocks, of other classes, modulate the first frame apart
+        hunyuan_video(image_condition_type="token_replace"),
+        hunyuan_video_inputs,
+        CONTAINERS,
+        text_last=True,
+    ),
 ]

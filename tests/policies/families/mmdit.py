@@ -40,8 +40,8 @@ def sd3_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
     }
 
 
-def qwen_image() -> nn.Module:
-    return QwenImageTransformer2DModel(
+def qwen_image(**config: Any) -> Callable[[], nn.Module]:
+    return lambda: QwenImageTransformer2DModel(
         in_channels=4,
         out_channels=4,
         patch_size=1,
@@ -50,6 +50,7 @@ def qwen_image() -> nn.Module:
         num_attention_heads=2,
         joint_attention_dim=TEXT_DIM,
         axes_dims_rope=(4, 6, 6),
+        **config,
     )
 
 
@@ -61,6 +62,13 @@ def qwen_image_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]
         "timestep": draw.time(),
         "img_shapes": [[(1, size, size)]] * draw.batch,
     }
+
+
+def qwen_image_edit_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
+    """A picture and, behind it, the one to edit, which has a modulation of its own."""
+    inputs = qwen_image_inputs(draw, text_tokens, size)
+    shapes = [[(1, size, size), (1, 2, size)]] * draw.batch
+    return inputs | {"hidden_states": draw((size + 2) * size, 4), "img_shapes": shapes}
 
 
 def auraflow() -> nn.Module:
@@ -132,7 +140,8 @@ FAMILIES = [
         (SD3_NORMED,),
         text_last=True,
     ),
-    Family("qwen-image", qwen_image, qwen_image_inputs, (DOUBLE,)),
+    Family("qwen-image", qwen_image(), qwen_image_inputs, (DOUBLE,)),
+    Family("qwen-image-edit", qwen_image(zero_cond_t=True), qwen_image_edit_inputs, (DOUBLE,)),
     Family(
         "auraflow",
         auraflow,

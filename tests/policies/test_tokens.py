@@ -1,0 +1,190 @@
+"""Which tokens are the prompt's, or a phrase's, found by the tokenizers of Stable Diffusion 3, FLUX.1 and Qwen-Image.
+
+Where they are is found here by spelling the prompt as far as the phrase, and as far as its end.
+"""
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from blocktune.policies import BlockPolicy, PolicyError, Rule, ScaleText, apply_policy
+
+from .by_hand import changed, scaled_text
+from .families import FAMILIES, Family
+from .pipelines import CLIP_TOKENS, LONGEST, STEPS, generate
+
+FAMILY = {family.name: family for family in FAMILIES}
+OPERANDS = [("input", "propagate"), ("input", "local"), ("key", None), ("value", None), ("logit", None)]
+# Each tokenizer whose tokens the blocks see: where the first token of a prompt stands in the text, and how many fit.
+# CLIP has a mark at either end, and both CLIPs spell alike; T5 has one at its end.
+TOKENIZERS = {
+    "sd3": {"tokenizer": (1, CLIP_TOKENS - 2), "tokenizer_3": (CLIP_TOKENS, LONGEST - 1)},
+    "flux-dev": {"tokenizer_2": (0, LONGEST - 1)},
+    "qwen-image": {"tokenizer": (0, LONGEST)},
+}
+EMBEDDINGS = {  # what calls take instead of a prompt, by its place in what `encode_prompt` returns
+    "sd3": {"prompt_embeds": 0, "pooled_prompt_embeds": 2},
+    "flux-dev": {"prompt_embeds": 0, "pooled_prompt_embeds": 1},
+    "qwen-image": {"prompt_embeds": 0},
+}
+
+
+def text_length(pipe: Any, family: Family, prompts: list[str]) -> int:
+    if family.name != "qwen-image":
+        return LONGEST + (CLIP_TOKENS if family.name == "sd3" else 0)
+    _, end = template(pipe)
+    return min(max(len(pipe.tokenizer.tokenize(prompt + end)) for prompt in prompts), LONGEST)
+
+
+def template(pipe: Any) -> tuple[str, str]:
+    """What Qwen-Image puts in front of a prompt, and does not show to the blocks, and behind it, which it shows."""
+    start, _, end = pipe.prompt_template_encode.partition("{}")
+    return start, end
+
+
+def factors_of(
+    pipe: Any, family: Family, prompts: list[str], tokens: str | tuple[str, ...], scale: float
+) -> torch.Tensor:
+    """(prompts, text tokens): `scale` at the tokens named, 1 elsewhere."""
+    factors = torch.ones(len(prompts), text_length(pipe, family, prompts))
+    for row, prompt in zip(factors, prompts, strict=True):
+        for name, (start, longest) in TOKENIZERS[family.name].items():
+            tokenize = getattr(pipe, name).tokenize
+            for part in [prompt] if tokens == "prompt" else tokens:
+                at = prompt.index(part)
+                before, through = len(tokenize(prompt[:at].rstrip())), len(tokenize(prompt[: at + len(part)]))
+                row[start + before : start + min(through, longest)] = scale
+    return factors
+
+
+def policy_for(pipe: Any, *rules: Rule) -> BlockPolicy:
+    return BlockPolicy.for_model(pipe, "test", rules)
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux-dev", "qwen-image"])
+def spelling(request, tiny_sd3_t5_pipeline, tiny_flux_pipeline, tiny_qwen_image_pipeline):
+    """A pipeline and its family."""
+    pipes = {"sd3": tiny_sd3_t5_pipeline, "flux-dev": tiny_flux_pipeline, "qwen-image": tiny_qwen_image_pipeline}
+    return pipes[request.param], FAMILY[request.param]
+
+
+def test_words_are_of_several_tokens_and_the_template_of_its_real_length(spelling):
+    """Or tests of positions would say little."""
+    pipe, family = spelling
+    for name in TOKENIZERS[family.name]:
+        assert len(getattr(pipe, name).tokenize("a red cat")) > 3
+    if family.name == "qwen-image":
+        assert len(pipe.tokenizer.tokenize(template(pipe)[0])) == pipe.prompt_template_encode_start_idx
+
+
+@pytest.mark.parametrize(("operand", "scope"), OPERANDS)
+@pytest.mark.parametrize("tokens", ["prompt", ("red cat",), ("cat", "a")], ids=["prompt", "phrase", "phrases"])
+def test_tokens_of_the_prompt(spelling, monkeypatch, operand, scope, tokens):
+    """And of no other: the whole text scaled by as much is something else."""
+    (pipe, family), scale = spelling, 0.0 if operand == "logit" else 3.0
+    for index in {0, len(family.slots) - 1}:
+        action = ScaleText(operand=operand, scope=scope, scale=scale, tokens=tokens)
+        with apply_policy(pipe, policy_for(pipe, Rule(blocks=[index], action=action))) as applied:
+            got = generate(pipe)
+        assert applied.report.scaled == STEPS
+        factors = factors_of(pipe, family, ["a red cat"], tokens, scale)
+        with scaled_text(monkeypatch, pipe.transformer, family, index, operand, scope, factors):
+            torch.testing.assert_close(got, generate(pipe), rtol=1e-3, atol=1e-3)
+        if operand != "input":
+            everything = torch.full_like(factors, scale)
+            with scaled_text(monkeypatch, pipe.transformer, family, index, operand, scope, everything):
+                assert not torch.allclose(got, generate(pipe), atol=1e-2)
+            assert not torch.allclose(got, generate(pipe), atol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", ["prompt", ("red cat",)], ids=["prompt", "phrase"])
+def test_each_row_has_the_tokens_of_its_own_prompt(spelling, monkeypatch, tokens):
+    """Two prompts, two pictures each, then another prompt under the same policy."""
+    pipe, family = spelling
+    action = ScaleText(operand="value", scale=3.0, tokens=tokens)
+    runs = [(["a red cat", "my red cat"], 2), (["our red cat"], 1), (["a red cat"], 1)]
+    with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=action))):
+        got = [generate(pipe, prompt=prompts, num_images_per_prompt=n) for prompts, n in runs]
+    for output, (prompts, n) in zip(got, runs, strict=True):
+        factors = factors_of(pipe, family, prompts, tokens, 3.0).repeat_interleave(n, dim=0)
+        with scaled_text(monkeypatch, pipe.transformer, family, 1, "value", None, factors):
+            expected = generate(pipe, prompt=prompts, num_images_per_prompt=n)
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("operand", ["key", "value", "logit"])
+def test_tokens_of_the_conditional_branch(spelling, monkeypatch, operand):
+    """In a call of its own, or in the second half of a call that holds both branches."""
+    pipe, family = spelling
+    action = ScaleText(operand=operand, scale=3.0, tokens=("red cat",))
+    batched = family.name == "sd3"
+    with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], branch="cond", action=action))):
+        got = generate(pipe, guided=True)
+    factors = factors_of(pipe, family, ["a red cat"], ("red cat",), 3.0)
+    if batched:
+        factors = torch.cat([torch.ones_like(factors), factors])
+
+    def change(step: int, called: str) -> AbstractContextManager:
+        if called == "uncond":
+            return nullcontext()
+        return scaled_text(monkeypatch, pipe.transformer, family, 1, operand, None, factors)
+
+    with changed(pipe, not batched, change):
+        torch.testing.assert_close(got, generate(pipe, guided=True), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(got, generate(pipe, guided=True), atol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", ["prompt", ("red cat",)], ids=["prompt", "phrase"])
+def test_a_prompt_too_long_for_one_encoder(spelling, monkeypatch, tokens):
+    """CLIP cuts this one off behind `red`; its last token is its mark again."""
+    pipe, family = spelling
+    action = ScaleText(operand="value", scale=3.0, tokens=tokens)
+    with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=action))):
+        got = generate(pipe, prompt="tiny big red cat")
+    factors = factors_of(pipe, family, ["tiny big red cat"], tokens, 3.0)
+    with scaled_text(monkeypatch, pipe.transformer, family, 1, "value", None, factors):
+        torch.testing.assert_close(got, generate(pipe, prompt="tiny big red cat"), rtol=1e-3, atol=1e-3)
+
+
+def test_the_prompt_is_that_of_the_encoder_whose_tokens_the_blocks_see(tiny_flux_pipeline, monkeypatch):
+    """FLUX gives its second prompt to T5 and the first to CLIP, of which the blocks see no token."""
+    pipe, family = tiny_flux_pipeline, FAMILY["flux-dev"]
+    action = ScaleText(operand="value", scale=3.0, tokens="prompt")
+    prompts = {"prompt": "a big red cat", "prompt_2": "a dog"}
+    with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=action))):
+        got = generate(pipe, **prompts)
+    with scaled_text(
+        monkeypatch, pipe.transformer, family, 1, "value", None, factors_of(pipe, family, ["a dog"], "prompt", 3.0)
+    ):
+        torch.testing.assert_close(got, generate(pipe, **prompts), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", ["prompt", ("red cat",)], ids=["prompt", "phrase"])
+def test_a_bare_transformer_knows_no_prompt(spelling, tokens):
+    pipe, _ = spelling
+    rule = Rule(blocks=[1], action=ScaleText(operand="value", scale=2.0, tokens=tokens))
+    with pytest.raises(PolicyError, match="tokens"):
+        apply_policy(pipe.transformer, policy_for(pipe, rule))
+
+
+@pytest.mark.parametrize("tokens", ["prompt", ("red cat",)], ids=["prompt", "phrase"])
+def test_embeddings_tell_their_prompt_only_where_they_were_made_under_the_policy(spelling, tokens):
+    pipe, family = spelling
+    taken = inspect.signature(pipe.encode_prompt).parameters
+
+    def encode(prompt: str) -> dict[str, torch.Tensor]:
+        arguments = {"prompt": prompt, "prompt_2": None, "prompt_3": None, "max_sequence_length": LONGEST}
+        with torch.no_grad():
+            encoded = pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in taken})
+        return {name: encoded[place] for name, place in EMBEDDINGS[family.name].items()}
+
+    before = encode("a big red cat")
+    rule = Rule(blocks=[1], action=ScaleText(operand="value", scale=2.0, tokens=tokens))
+    with apply_policy(pipe, policy_for(pipe, rule)):
+        scaled = generate(pipe)
+        with pytest.raises(PolicyError, match="Row 0 of the prompt embeddings did not come from"):
+            generate(pipe, prompt=None, **before)
+        assert torch.equal(generate(pipe, prompt=None, **encode("a red cat")), scaled)
+        assert torch.equal(generate(pipe), scaled)
