@@ -1,7 +1,6 @@
 """Policies from other forms: what is computed, reused and scaled is what the other form says, step by step."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -313,15 +312,3 @@ def test_controllers_that_are_refused(arguments, told):
     with pytest.raises(PolicyError) as refused:
         BlockPolicy.from_textailor(model(24), *arguments)
     assert str(refused.value).startswith(told)
-
-
-def test_the_code_in_the_docs_runs(tmp_path, monkeypatch, tiny_sd3_pipeline):
-    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    written(tmp_path, ecad(np.ones((2, 4, 3), dtype=bool), 4))
-    names: dict[str, Any] = {"pipe": tiny_sd3_pipeline()}
-    for block in blocks:
-        exec(block, names)
-    assert len(names["both"].rules) == 2
-    assert (tmp_path / "my-policy" / "policy.json").exists()
