@@ -176,8 +176,8 @@ def page() -> str:
     lines = [
         "# The config of a search",
         "",
-        "A YAML file of sections; every field has a default, and `--set section.field=value` goes before the file. This",
-        "page is made from the schema: `python -m blocktune.search.config > docs/config.md`.",
+        "A YAML file of sections; every field has a default, and `--set section.field=value` goes before the file.",
+        "This page is made from the schema: `python -m blocktune.search.config > docs/config.md`.",
     ]
     lines += [
         "",
