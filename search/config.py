@@ -202,7 +202,8 @@ def _accepted(told: dict[str, Any]) -> str:
     if told["type"] == "array":
         items = told.get("items") or {"type": "value"}
         return f"list of: {_accepted(items)}"
-    word = {"integer": "whole number", "null": "nothing"}.get(told["type"], told["type"])
+    kind: str = told["type"]
+    word = {"integer": "whole number", "null": "nothing"}.get(kind, kind)
     if "exclusiveMinimum" in told:
         word += f" above {told['exclusiveMinimum']:g}"
     return word

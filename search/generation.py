@@ -1,13 +1,14 @@
 """Pictures from a pipeline: the one function behind search, confirm, evaluate and generate."""
 
+import inspect
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -15,7 +16,19 @@ from ..evaluators import Prompt
 from ..policies import BlockPolicy, apply_policy
 from .config import ConfigError, Generation
 
-_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+# What `encode_prompt` of a pipeline class returns, by the name under which its call takes it; None is not taken.
+_ENCODED: dict[str, tuple[str | None, ...]] = {
+    "StableDiffusion3Pipeline": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
+    "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
+}
+
+Rows: TypeAlias = dict[str, Any]  # arguments of a pipeline's call, a row per prompt
 
 
 class BrokenPicture(RuntimeError):
@@ -47,43 +60,70 @@ def device_name(device: str | torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def _accepted(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    taken = inspect.signature(call).parameters
+    return {name: value for name, value in arguments.items() if name in taken}
+
+
+def _guidance(pipe: Any, generation: Generation) -> dict[str, float]:
+    """Guidance under the name that the pipeline gives it; FLUX.1 takes its scale as an input of the model."""
+    true = "true_cfg_scale" in inspect.signature(pipe.__call__).parameters and not isinstance(pipe, FluxPipeline)
+    return {"true_cfg_scale" if true else "guidance_scale": generation.guidance_scale}
+
+
 @torch.inference_mode()
-def embed(pipe: Any, texts: Sequence[str], generation: Generation) -> dict[str, torch.Tensor]:
-    """Text embeddings of SD3, rows in the order of `texts`: what its call takes instead of prompts."""
-    encoded = pipe.encode_prompt(
-        list(texts),
-        None,
-        None,
-        do_classifier_free_guidance=generation.guidance_scale > 1,
-        max_sequence_length=generation.max_sequence_length,
-    )
-    return {name: rows for name, rows in zip(_EMBEDS, encoded, strict=True) if rows is not None}
+def embed(pipe: Any, texts: Sequence[str], generation: Generation) -> Rows:
+    """What the pipeline's call takes for `texts`: their embeddings, made once, or where these are not known the texts.
+
+    A pipeline with true guidance in a call of its own (Qwen-Image) is guided away from an empty prompt.
+    """
+    names = _ENCODED.get(type(pipe).__name__)
+    guided = generation.guidance_scale > 1
+    true = "true_cfg_scale" in _guidance(pipe, generation)
+    if names is None:
+        return {"prompt": list(texts)} | ({"negative_prompt": [" "] * len(texts)} if true and guided else {})
+
+    def encoded(prompts: list[str], side: str) -> Rows:
+        arguments = {
+            "prompt": prompts, "prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": guided,
+            "max_sequence_length": generation.max_sequence_length,
+        }  # fmt: skip
+        returned = pipe.encode_prompt(**_accepted(pipe.encode_prompt, arguments))
+        return {side + name: rows for name, rows in zip(names, returned, strict=True) if name and rows is not None}
+
+    rows = encoded(list(texts), "")
+    return rows | encoded([" "] * len(texts), "negative_") if true and guided else rows
+
+
+def some(rows: Rows, part: slice) -> Rows:
+    """The rows of some of the prompts."""
+    return {name: values[part] for name, values in rows.items()}
 
 
 def generate(
     pipe: Any,
     prompts: Sequence[Prompt],
-    embeddings: dict[str, torch.Tensor],
+    rows: Rows,
     generation: Generation,
     steps: int,
     policy: BlockPolicy | None = None,
 ) -> np.ndarray:
-    """Pictures of `prompts`, each from its own seed: uint8 `(n, height, width, 3)`.
+    """Pictures of `prompts`, whose `rows` `embed` made, each from its own seed: uint8 `(n, height, width, 3)`.
 
     Noise is drawn on the CPU per picture, so a picture does not depend on the device or on its neighbours but for
     rounding. Raises BrokenPicture for pixels that are not finite.
     """
     parts = []
     for start in range(0, len(prompts), generation.batch):
-        rows = slice(start, start + generation.batch)
-        seeds = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts[rows]]
+        part = slice(start, start + generation.batch)
+        seeds = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts[part]]
+        arguments = {
+            "num_inference_steps": steps, "generator": seeds, "height": generation.height, "width": generation.width,
+            "output_type": "pt", "max_sequence_length": generation.max_sequence_length,
+        }  # fmt: skip
+        arguments |= some(rows, part) | _guidance(pipe, generation)
         with apply_policy(pipe, policy) if policy is not None and policy.rules else nullcontext():
-            pixels = pipe(
-                **{name: tensor[rows] for name, tensor in embeddings.items()},
-                num_inference_steps=steps, guidance_scale=generation.guidance_scale, generator=seeds,
-                height=generation.height, width=generation.width, output_type="pt",
-                max_sequence_length=generation.max_sequence_length,
-            ).images  # fmt: skip
+            pixels = pipe(**_accepted(pipe.__call__, arguments)).images
         if not torch.isfinite(pixels).all():
             raise BrokenPicture("the pipeline returned pixels that are NaN or infinite")
         parts.append((pixels.permute(0, 2, 3, 1).float() * 255).round().to("cpu", torch.uint8).numpy())

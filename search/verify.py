@@ -15,7 +15,7 @@ from pydantic import BaseModel, FiniteFloat, PositiveFloat
 from ..evaluators import Interval, Prompt, get, names, paired_interval, time_runs
 from ..policies import BlockPolicy, Report, apply_policy
 from .config import ConfigError, Generation, parsed
-from .generation import device_name, embed, generate
+from .generation import device_name, embed, generate, some
 
 REPEATS = 3  # timed batches of each
 
@@ -191,7 +191,7 @@ def verify(
     say(f"generating {len(prompts)} pictures with the unmodified model")
     before = generate(pipe, prompts, embeddings, generation, unmodified_steps)
     say("timing both in turn")
-    few, rows = prompts[:batch], {name: tensor[:batch] for name, tensor in embeddings.items()}
+    few, rows = prompts[:batch], some(embeddings, slice(batch))
     turns = [
         (
             time_runs(lambda: generate(pipe, few, rows, generation, unmodified_steps), repeats=1, warmup=0),

@@ -13,7 +13,7 @@ from ..evaluators import CostTable, Prompt, get, load_prompts, measure_cost_tabl
 from ..policies import BlockPolicy
 from ..policies.policy import ModelIdentity
 from .config import Config, ConfigError
-from .generation import device_name, embed, generate, load
+from .generation import Rows, device_name, embed, generate, load, some
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Worker:
         if self.dtype == "auto":
             self.dtype = "bfloat16" if self.device == "cuda" else self._faster_dtype()
         self.pipe = load(config.model.path, self.device, getattr(torch, self.dtype))
-        self._splits: dict[str, tuple[tuple[Prompt, ...], dict[str, torch.Tensor]]] = {}
+        self._splits: dict[str, tuple[tuple[Prompt, ...], Rows]] = {}
 
     def _faster_dtype(self) -> str:
         """bfloat16 pays only on CPUs that multiply it natively, so both are timed on two steps of one batch."""
@@ -75,14 +75,12 @@ class Worker:
         for dtype in ("float32", "bfloat16"):
             self.pipe = load(self.config.model.path, self.device, getattr(torch, dtype))
             self._splits = {}
-            prompts, embeddings = self._split("search")
-            count = min(len(prompts), self.config.generation.batch)
-            rows = {name: tensor[:count] for name, tensor in embeddings.items()}
-            run = lambda p=prompts[:count], r=rows: generate(self.pipe, p, r, self.config.generation, 2)  # noqa: E731
+            prompts, rows = self._batch("search")
+            run = lambda p=prompts, r=rows: generate(self.pipe, p, r, self.config.generation, 2)  # noqa: E731
             seconds[dtype] = time_runs(run, repeats=3)
         return min(seconds, key=seconds.__getitem__)
 
-    def _split(self, name: str) -> tuple[tuple[Prompt, ...], dict[str, torch.Tensor]]:
+    def _split(self, name: str) -> tuple[tuple[Prompt, ...], Rows]:
         if name not in self._splits:
             prompts = read_prompts(self.config, name)
             self._splits[name] = (prompts, embed(self.pipe, [p.text for p in prompts], self.config.generation))
@@ -92,8 +90,7 @@ class Worker:
         import diffusers
         import transformers
 
-        scale = self.pipe.vae_scale_factor
-        size = self.pipe.transformer.config.sample_size * scale
+        size = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return Description(
             model=ModelIdentity.of(self.pipe),
             scheduler=type(self.pipe.scheduler).__name__,
@@ -108,9 +105,9 @@ class Worker:
 
     def measure(self, policy: BlockPolicy, steps: int, split: str, reference: np.ndarray | None) -> Measurement:
         """The split's pictures under `policy`, scored; `reference` are the unmodified model's pictures."""
-        prompts, embeddings = self._split(split)
+        prompts, rows = self._split(split)
         begin = time.perf_counter()
-        images = generate(self.pipe, prompts, embeddings, self.config.generation, steps, policy)
+        images = generate(self.pipe, prompts, rows, self.config.generation, steps, policy)
         made = time.perf_counter()
         objectives, scores = self.config.objectives, {}
         for name in dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane")):
@@ -121,10 +118,10 @@ class Worker:
             )
         return Measurement(scores, images, made - begin, time.perf_counter() - made)
 
-    def _batch(self, split: str) -> tuple[tuple[Prompt, ...], dict[str, torch.Tensor]]:
-        prompts, embeddings = self._split(split)
-        count = min(len(prompts), self.config.generation.batch)
-        return prompts[:count], {name: tensor[:count] for name, tensor in embeddings.items()}
+    def _batch(self, split: str) -> tuple[tuple[Prompt, ...], Rows]:
+        prompts, rows = self._split(split)
+        first = slice(self.config.generation.batch)
+        return prompts[first], some(rows, first)
 
     def cost_table(self) -> CostTable:
         """Seconds of every part of a run of one batch; the device must be quiet."""
