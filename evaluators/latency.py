@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model_validator
 
-from ..policies.architectures import block_slots, resolve
+from ..policies import BlockPolicy, Plan
+from ..policies.architectures import ARCHITECTURES, block_slots, resolve
+from ..policies.policy import Branch
 from .evaluator import as_array
 
 _ADDITIONS = 20  # residual additions timed together
@@ -38,7 +40,8 @@ class CostTable(BaseModel):
     step_overhead: NonNegativeFloat  # per step beside the blocks: embeddings, guidance, scheduler
     run_overhead: NonNegativeFloat  # per run beside the denoising loop: text encoders, decoder
     run_seconds: NonNegativeFloat  # a whole run of the unmodified model, as measured
-    steps: PositiveInt
+    steps: PositiveInt  # calls of the transformer in the measured run
+    calls_per_step: PositiveInt = 1  # of the scheduler: 2 where guidance makes a call for each half
     repeats: PositiveInt
     batch: PositiveInt  # images per run
     rows: PositiveInt  # rows of the transformer's batch: twice the images under batched guidance
@@ -55,10 +58,18 @@ class CostTable(BaseModel):
             raise ValueError(f"block_compute and block_reuse have {counts} entries; accepted: one per block in both")
         return self
 
-    def predict(self, kinds: Sequence[Sequence[str]]) -> float:
-        """Seconds of a run in which block `b` at step `i` does `kinds[i][b]`: "compute", "skip" or "reuse".
+    def predict_policy(self, policy: BlockPolicy, num_steps: int) -> float:
+        """Seconds of a run of `num_steps` steps of the scheduler under `policy`."""
+        branches: tuple[Branch, ...] = ("both",)
+        if ARCHITECTURES[policy.model.transformer].guidance == "calls":
+            branches = ("cond", "uncond") if self.calls_per_step == 2 else ("cond",)
+        plans = (Plan.compile(policy, num_steps, branch=branch) for branch in branches)
+        return self.predict([row for plan in plans for row in plan.kinds])
 
-        `kinds` is `Plan.kinds`, one row per step, empty where a run that starts late passes the step over. With all
+    def predict(self, kinds: Sequence[Sequence[str]]) -> float:
+        """Seconds of a run in which block `b` in call `i` does `kinds[i][b]`: "compute", "skip" or "reuse".
+
+        `kinds` has a row per call, as `Plan.kinds`, empty where a run that starts late passes it over. With all
         computed at the measured number of steps the answer is `run_seconds`. Raises ValueError for another number of
         blocks or another kind.
         """
@@ -125,7 +136,9 @@ def measure_cost_table(pipe: Any, call: Callable[[], Any], repeats: int = 5) -> 
     # noise can lift the sum of medians over the median loop: the blocks then are all there is to a step
     fit = min(1.0, loop / count / sum(compute))
     compute = [seconds * fit for seconds in compute]
+    scheduler = getattr(pipe, "scheduler", None)
     return CostTable(
+        calls_per_step=1 if scheduler is None else max(1, count // len(scheduler.timesteps)),
         block_compute=tuple(compute),
         block_reuse=tuple(reuse),
         step_overhead=max(0.0, loop / count - sum(compute)),

@@ -10,6 +10,8 @@ from blocktune.evaluators import CostTable, measure_cost_table, time_runs
 from blocktune.policies import BlockPolicy, Reuse, Rule, Skip
 from blocktune.policies.architectures import ARCHITECTURES, Architecture, Blocks
 from blocktune.policies.plan import Plan
+
+from ..policies.pipelines import qwen_image_pipeline
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from pydantic import ValidationError
 
@@ -284,3 +286,37 @@ def test_cuda(pipe):
     assert table.device == torch.cuda.get_device_name()
     assert table.predict(kinds("compute")) == pytest.approx(table.run_seconds, rel=1e-9)
     assert all(c > 0 for c in table.block_compute)
+
+
+def test_guidance_by_a_call_for_each_half_costs_both(monkeypatch):
+    """Blocks of 0.1 s; a rule for one branch saves in that branch's calls alone."""
+    row = Architecture("Sleepers", (Blocks("transformer_blocks", "text, image"),), guidance="calls")
+    monkeypatch.setitem(ARCHITECTURES, "Sleepers", row)
+    model = {"transformer": "Sleepers", "num_blocks": 2, "fingerprint": "0" * 64}
+    rule = {"blocks": [1], "branch": "uncond", "action": {"type": "skip"}}
+    policy = BlockPolicy.model_validate({"name": "p", "model": model, "rules": [rule]})
+    table = CostTable(
+        block_compute=(0.1, 0.1), block_reuse=(0.0, 0.0), step_overhead=0.01, run_overhead=1.0, run_seconds=2.0,
+        steps=8, repeats=1, batch=1, rows=1, height=8, width=8, device="cpu", dtype="float32", threads=1,
+    )  # fmt: skip
+    guided = table.model_copy(update={"calls_per_step": 2})
+    assert guided.predict_policy(policy, 4) == pytest.approx(1.0 + 8 * 0.01 + 4 * 0.2 + 4 * 0.1)
+    assert table.predict_policy(policy, 4) == pytest.approx(1.0 + 4 * 0.01 + 4 * 0.2)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_calls_per_step_are_counted(guidance):
+    pipe = qwen_image_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+
+    def call():
+        return pipe(
+            "a cat", negative_prompt="a", true_cfg_scale=guidance, num_inference_steps=3, height=16, width=16,
+            max_sequence_length=16, output_type="np",
+        )  # fmt: skip
+
+    table = measure_cost_table(pipe, call, repeats=1)
+    assert table.calls_per_step == (2 if guidance > 1 else 1)
+    assert table.steps == 3 * table.calls_per_step
+    plain = BlockPolicy.for_model(pipe, "plain", [])
+    assert table.predict_policy(plain, 3) == pytest.approx(table.run_seconds, rel=1e-6)
