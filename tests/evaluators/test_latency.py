@@ -10,10 +10,10 @@ from blocktune.evaluators import CostTable, measure_cost_table, time_runs
 from blocktune.policies import BlockPolicy, Reuse, Rule, Skip
 from blocktune.policies.architectures import ARCHITECTURES, Architecture, Blocks
 from blocktune.policies.plan import Plan
-
-from ..policies.pipelines import qwen_image_pipeline
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from pydantic import ValidationError
+
+from ..policies.pipelines import qwen_image_pipeline
 
 BLOCKS, STEPS, IMAGES = 4, 5, 2
 
