@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocktune.policies import BlockPolicy, PolicyError, Reuse, Rule, ScaleText, Skip, apply_policy
+from blocktune.policies import BlockPolicy, Reuse, Rule, ScaleText, Skip, apply_policy
 from diffusers import FluxImg2ImgPipeline
 from torch import nn
 
@@ -207,17 +207,22 @@ def test_image_to_image_starts_inside_the_windows(image_to_image):
 
 def test_branches_that_a_pipeline_does_not_name_share_no_residuals(image_to_image):
     """FLUX's image-to-image pipeline calls twice at a step and does not say which call is which."""
-    pipe, family = image_to_image, FAMILY["flux-dev"]
+    pipe, family, model = image_to_image, FAMILY["flux-dev"], image_to_image.transformer
     with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=Skip()))) as applied:
         got = generate(pipe, guided=True, **STARTED)
     assert applied.report.skipped == 14
-    with changed(pipe, True, lambda *_: skipped_by_hand(pipe.transformer, family, [1])):
+    with changed(pipe, True, lambda *_: skipped_by_hand(model, family, [1])):
         assert torch.equal(got, generate(pipe, guided=True, **STARTED))
-    with (
-        apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=Reuse(every=2)))),
-        pytest.raises(PolicyError, match="twice"),
-    ):
-        generate(pipe, guided=True, **STARTED)
+
+    kinds = ["compute", "reuse"] * 3 + ["compute"]
+    with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=Reuse(every=2)))) as applied:
+        got = generate(pipe, guided=True, **STARTED)
+    assert [call.branch for call in applied.report.calls] == [*BRANCHES] * 7
+    forwards = {
+        called: {1: keeping_residuals(family.block(model, 1), family.slots[1][0], kinds)} for called in BRANCHES
+    }
+    with changed(pipe, True, lambda _, called: replaced(model, family, forwards[called])):
+        torch.testing.assert_close(got, generate(pipe, guided=True, **STARTED), rtol=1e-4, atol=1e-4)
 
 
 @guidance

@@ -170,19 +170,21 @@ def test_a_bare_transformer_knows_no_prompt(spelling, tokens):
 
 
 @pytest.mark.parametrize("tokens", ["prompt", ("red cat",)], ids=["prompt", "phrase"])
-def test_embeddings_tell_no_prompt(spelling, tokens):
-    """Not even after a run that had one."""
+def test_embeddings_tell_their_prompt_only_where_they_were_made_under_the_policy(spelling, tokens):
     pipe, family = spelling
-    plain = generate(pipe)
-    arguments = {"prompt": "a red cat", "prompt_2": None, "prompt_3": None, "max_sequence_length": LONGEST}
     taken = inspect.signature(pipe.encode_prompt).parameters
-    with torch.no_grad():
-        encoded = pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in taken})
-    embeddings = {name: encoded[place] for name, place in EMBEDDINGS[family.name].items()}
+
+    def encode(prompt: str) -> dict[str, torch.Tensor]:
+        arguments = {"prompt": prompt, "prompt_2": None, "prompt_3": None, "max_sequence_length": LONGEST}
+        with torch.no_grad():
+            encoded = pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in taken})
+        return {name: encoded[place] for name, place in EMBEDDINGS[family.name].items()}
+
+    before = encode("a big red cat")
     rule = Rule(blocks=[1], action=ScaleText(operand="value", scale=2.0, tokens=tokens))
     with apply_policy(pipe, policy_for(pipe, rule)):
         scaled = generate(pipe)
-        with pytest.raises(PolicyError, match="prompt"):
-            generate(pipe, prompt=None, **embeddings)
+        with pytest.raises(PolicyError, match="prompt embeddings"):
+            generate(pipe, prompt=None, **before)
+        assert torch.equal(generate(pipe, prompt=None, **encode("a red cat")), scaled)
         assert torch.equal(generate(pipe), scaled)
-    assert torch.equal(generate(pipe, prompt=None, **embeddings), plain)
