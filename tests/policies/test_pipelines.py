@@ -207,14 +207,13 @@ def test_image_to_image_starts_inside_the_windows(image_to_image):
 
 def test_branches_that_a_pipeline_does_not_name_share_no_residuals(image_to_image):
     """FLUX's image-to-image pipeline calls twice at a step and does not say which call is which."""
-    pipe, family, model = image_to_image, FAMILY["flux-dev"], image_to_image.transformer
+    pipe, family = image_to_image, FAMILY["flux-dev"]
     with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=Skip()))) as applied:
         got = generate(pipe, guided=True, **STARTED)
     assert applied.report.skipped == 14
-    with changed(pipe, True, lambda *_: skipped_by_hand(model, family, [1])):
+    with changed(pipe, True, lambda *_: skipped_by_hand(pipe.transformer, family, [1])):
         assert torch.equal(got, generate(pipe, guided=True, **STARTED))
-
-    kinds = ["compute", "reuse"] * 3 + ["compute"]
+    model, kinds = pipe.transformer, ["compute", "reuse"] * 3 + ["compute"]
     with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=Reuse(every=2)))) as applied:
         got = generate(pipe, guided=True, **STARTED)
     assert [call.branch for call in applied.report.calls] == [*BRANCHES] * 7
