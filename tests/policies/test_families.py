@@ -291,6 +291,19 @@ def test_concurrent_forwards_are_refused_not_corrupted(family, model):
         assert torch.equal(family.forward(model), alone)
 
 
+def test_a_cache_that_blocks_fill_is_refused():
+    """FLUX.2 keeps keys of reference pictures in its blocks, where one that is left out would leave none."""
+    family = next(family for family in FAMILIES if family.name == "flux2")
+    model = family.build()
+    inputs = family.inputs() | {"kv_cache_mode": "extract", "num_ref_tokens": 2}
+    with (
+        torch.no_grad(),
+        apply_policy(model, policy_for(model, Rule(blocks=[1], action=Skip()))),
+        pytest.raises(PolicyError, match="cache"),
+    ):
+        model(**inputs)
+
+
 # --- gradient checkpointing --------------------------------------------------------------------------------------
 
 

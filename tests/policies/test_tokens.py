@@ -4,14 +4,14 @@ Where they are is found here by spelling the prompt as far as the phrase, and as
 """
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from blocktune.policies import BlockPolicy, PolicyError, Rule, ScaleText, apply_policy
 
-from .by_hand import changed, scaled_text
+from .by_hand import BRANCHES, changed, scaled_text
 from .families import FAMILIES, Family
 from .pipelines import CLIP_TOKENS, LONGEST, STEPS, generate
 
@@ -44,19 +44,29 @@ def template(pipe: Any) -> tuple[str, str]:
     return start, end
 
 
+def factors_at(
+    pipe: Any, family: Family, prompts: list[str], spans: list[list[tuple[int, int]]], scale: float
+) -> torch.Tensor:
+    """(prompts, text tokens): `scale` at the tokens of these characters of each prompt, 1 elsewhere."""
+    factors = torch.ones(len(prompts), text_length(pipe, family, prompts))
+    for row, prompt, parts in zip(factors, prompts, spans, strict=True):
+        for name, (start, longest) in TOKENIZERS[family.name].items():
+            tokenize = getattr(pipe, name).tokenize
+            for begin, end in parts:
+                before, through = len(tokenize(prompt[:begin].rstrip())), len(tokenize(prompt[:end]))
+                row[start + before : start + min(through, longest)] = scale
+    return factors
+
+
 def factors_of(
     pipe: Any, family: Family, prompts: list[str], tokens: str | tuple[str, ...], scale: float
 ) -> torch.Tensor:
     """(prompts, text tokens): `scale` at the tokens named, 1 elsewhere."""
-    factors = torch.ones(len(prompts), text_length(pipe, family, prompts))
-    for row, prompt in zip(factors, prompts, strict=True):
-        for name, (start, longest) in TOKENIZERS[family.name].items():
-            tokenize = getattr(pipe, name).tokenize
-            for part in [prompt] if tokens == "prompt" else tokens:
-                at = prompt.index(part)
-                before, through = len(tokenize(prompt[:at].rstrip())), len(tokenize(prompt[: at + len(part)]))
-                row[start + before : start + min(through, longest)] = scale
-    return factors
+    spans = [
+        [(prompt.index(part), prompt.index(part) + len(part)) for part in ([prompt] if tokens == "prompt" else tokens)]
+        for prompt in prompts
+    ]
+    return factors_at(pipe, family, prompts, spans, scale)
 
 
 def policy_for(pipe: Any, *rules: Rule) -> BlockPolicy:
@@ -115,25 +125,41 @@ def test_each_row_has_the_tokens_of_its_own_prompt(spelling, monkeypatch, tokens
 
 
 @pytest.mark.parametrize("operand", ["key", "value", "logit"])
-def test_tokens_of_the_conditional_branch(spelling, monkeypatch, operand):
-    """In a call of its own, or in the second half of a call that holds both branches."""
+@pytest.mark.parametrize(
+    ("branch", "tokens"), [("cond", ("red cat",)), ("both", ("red cat",)), ("uncond", "prompt"), ("both", "prompt")]
+)
+def test_each_branch_has_the_tokens_of_its_own_prompt(spelling, monkeypatch, operand, branch, tokens):
+    """In a call of its own, or in a half of a call that holds both; the negative prompt need not hold a phrase."""
     pipe, family = spelling
-    action = ScaleText(operand=operand, scale=3.0, tokens=("red cat",))
-    batched = family.name == "sd3"
-    with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], branch="cond", action=action))):
+    action = ScaleText(operand=operand, scale=3.0, tokens=tokens)
+    with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], branch=branch, action=action))):
         got = generate(pipe, guided=True)
-    factors = factors_of(pipe, family, ["a red cat"], ("red cat",), 3.0)
-    if batched:
-        factors = torch.cat([torch.ones_like(factors), factors])
+    factors = {}
+    for called, prompt in zip(BRANCHES, ("a red cat", "a dog"), strict=True):
+        spoken = branch in (called, "both") and (called == "cond" or tokens == "prompt")
+        factors[called] = factors_of(pipe, family, [prompt], tokens if spoken else (), 3.0)
+    batched = family.name == "sd3"
+    if batched:  # unconditional rows first
+        factors = dict.fromkeys(BRANCHES, torch.cat([factors["uncond"], factors["cond"]]))
 
     def change(step: int, called: str) -> AbstractContextManager:
-        if called == "uncond":
-            return nullcontext()
-        return scaled_text(monkeypatch, pipe.transformer, family, 1, operand, None, factors)
+        return scaled_text(monkeypatch, pipe.transformer, family, 1, operand, None, factors[called])
 
     with changed(pipe, not batched, change):
         torch.testing.assert_close(got, generate(pipe, guided=True), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(got, generate(pipe, guided=True), atol=1e-2)
+
+
+def test_a_phrase_is_whole_words_wherever_they_stand(spelling, monkeypatch):
+    pipe, family = spelling
+    action = ScaleText(operand="value", scale=3.0, tokens=("cat",))
+    with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=action))):
+        got = generate(pipe, prompt="cat scat cat")
+        with pytest.raises(PolicyError, match="'cat'"):
+            generate(pipe, prompt="a scat")
+    factors = factors_at(pipe, family, ["cat scat cat"], [[(0, 3), (9, 12)]], 3.0)
+    with scaled_text(monkeypatch, pipe.transformer, family, 1, "value", None, factors):
+        torch.testing.assert_close(got, generate(pipe, prompt="cat scat cat"), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("tokens", ["prompt", ("red cat",)], ids=["prompt", "phrase"])

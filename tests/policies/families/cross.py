@@ -1,5 +1,6 @@
-"""LTX-Video and Wan: the image attends to a text that no block changes."""
+"""LTX-Video and Wan: the image attends to a text that no block changes, with Wan also to a picture in front of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
@@ -32,8 +33,8 @@ def ltx_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
     }
 
 
-def wan() -> nn.Module:
-    return WanTransformer3DModel(
+def wan(**config: Any) -> Callable[[], nn.Module]:
+    return lambda: WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,
@@ -43,6 +44,7 @@ def wan() -> nn.Module:
         ffn_dim=DIM,
         num_layers=BLOCKS,
         rope_max_seq_len=16,
+        **config,
     )
 
 
@@ -54,9 +56,20 @@ def wan_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
     }
 
 
+def wan_i2v_inputs(draw: Draw, _: int, size: int) -> dict[str, Any]:
+    """Three tokens of a picture in front of the text, which Wan's attention takes to be 512 tokens long."""
+    return wan_inputs(draw, 512, size) | {"encoder_hidden_states_image": draw(3, TEXT_DIM)}
+
+
 CONSTANT = (IMAGE, "constant", Output("attn2.norm_k"), Output("attn2.to_v"))
 
 FAMILIES = [
     Family("ltx", ltx, ltx_inputs, (Container("transformer_blocks", *CONSTANT),)),
-    Family("wan", wan, wan_inputs, (Container("blocks", *CONSTANT),)),
+    Family("wan", wan(), wan_inputs, (Container("blocks", *CONSTANT),)),
+    Family(
+        "wan-i2v",
+        wan(image_dim=TEXT_DIM, added_kv_proj_dim=DIM),
+        wan_i2v_inputs,
+        (Container("blocks", IMAGE, "mixed"),),
+    ),
 ]
