@@ -19,7 +19,7 @@ from .attention import ScaledAttention
 from .blocks import ComputedBlock, Memory, ReusedBlock, SkippedBlock
 from .error import PolicyError
 from .layout import Layout
-from .neighbours import refuse_neighbours
+from .neighbours import leaves_blocks_out, refuse_neighbours
 from .plan import BlockStep, Plan
 from .policy import BlockPolicy, Branch, ScaleText
 from .report import Call, Report
@@ -188,7 +188,7 @@ class Applied:
         if output is None or lane.plan is None:  # the forward failed; what its blocks kept is of no run
             lane.forget()
             return
-        if idle:
+        if idle and not leaves_blocks_out(self._transformer):
             lane.forget()
             raise PolicyError(
                 f"Block {idle[0]} was not called where the policy acts on it: something else runs the blocks of this "
@@ -217,7 +217,6 @@ class Applied:
         lane, step = self._enter(left_out is not None)
         rows = None
         if any(action.touched for action in step):
-            refuse_neighbours(self._transformer, self.policy, self._slots)
             if row.filled_by and self._argument(args, kwargs, row.filled_by) is not None:
                 raise PolicyError(f"{row.filled_by} fills a cache inside of the blocks; run without it under a policy.")
             rows = self._rows(args, kwargs, lane, left_out is not None)
@@ -246,6 +245,7 @@ class Applied:
         tick = self._read()
         begins = tick.begins_run_after(self._tick)
         if begins:
+            refuse_neighbours(self._transformer, self.policy, self._slots)
             self._forget()
             self._calls.clear()
             self._cache_bytes = 0
