@@ -19,7 +19,7 @@ from .attention import ScaledAttention
 from .blocks import ComputedBlock, Memory, ReusedBlock, SkippedBlock
 from .error import PolicyError
 from .layout import Layout
-from .neighbours import leaves_blocks_out, refuse_neighbours
+from .neighbours import refuse_neighbours
 from .plan import BlockStep, Plan
 from .policy import BlockPolicy, Branch, ScaleText
 from .report import Call, Report
@@ -188,7 +188,7 @@ class Applied:
         if output is None or lane.plan is None:  # the forward failed; what its blocks kept is of no run
             lane.forget()
             return
-        if idle and not leaves_blocks_out(self._transformer):
+        if idle:
             lane.forget()
             raise PolicyError(
                 f"Block {idle[0]} was not called where the policy acts on it: something else runs the blocks of this "

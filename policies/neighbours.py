@@ -39,23 +39,18 @@ def refuse_neighbours(transformer: nn.Module, policy: BlockPolicy, slots: Sequen
     for i, rule in acting:
         reasons = [_beside_first_block(cache, rule, ends) for name, cache in caches if name in _BY_FIRST_BLOCK]
         reasons += [_beside_counting(cache, rule) for name, cache in caches if name in _BY_CALLS]
-        if leaves_blocks_out(transformer):
-            firsts = {next(n for n, other in enumerate(slots) if other.kind is slot.kind) for slot in slots}
-            reasons.append(_beside_first_block("cache-dit", rule, firsts))
+        if getattr(transformer, "_is_cached", False):
+            reasons.append("acts on blocks that cache-dit calls, or does not call, from a list of its own")
         if any(name.startswith("cp_") for name in hooks):
             reasons.append(_beside_parallel(rule, slots))
         if "group_offloading" in hooks:
             reasons.append(_beside_offloading(rule, slots))
-        if isinstance(rule.action, Reuse) and torch.is_grad_enabled() and _checkpoints(transformer):
+        runs_again = torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", False)
+        if runs_again and isinstance(rule.action, Reuse):
             reasons.append("reuses, and gradient checkpointing would run the block again with a later residual")
         for reason in reasons:
             if reason is not None:
                 raise PolicyError(f"rules[{i}] {reason}; take that off or leave the rule out.")
-
-
-def leaves_blocks_out(transformer: nn.Module) -> bool:
-    """Whether cache-dit runs the blocks, which does not call those whose output it makes up."""
-    return getattr(transformer, "_is_cached", False)
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
@@ -63,15 +58,11 @@ def _hooks(module: nn.Module) -> dict[str, Any]:
     return getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
 
 
-def _checkpoints(transformer: Any) -> bool:
-    return getattr(transformer, "gradient_checkpointing", False)
-
-
-def _beside_first_block(cache: str, rule: Rule, decisive: set[int]) -> str | None:
+def _beside_first_block(cache: str, rule: Rule, ends: set[int]) -> str | None:
     if isinstance(rule.action, Reuse):
         return f"reuses, and {cache} would have it keep what the cache made up"
-    if isinstance(rule.action, Skip) and decisive & set(rule.blocks):
-        return f"skips block {min(decisive & set(rule.blocks))}, by which {cache} decides"
+    if isinstance(rule.action, Skip) and ends & set(rule.blocks):
+        return f"skips block {min(ends & set(rule.blocks))}, by which {cache} decides"
     return None
 
 
@@ -102,7 +93,7 @@ def _beside_offloading(rule: Rule, slots: Sequence[Slot]) -> str | None:
         return None
     for block in rule.blocks:
         hook = _hooks(slots[block].block).get("group_offloading")
-        group = None if hook is None or len(hook.group.modules) == 1 else hook.group
+        group = None if hook is None or len(hook.group.modules) < 2 else hook.group
         if group is not None and slots[block].block in (group.onload_leader, group.offload_leader):
             return f"leaves out block {block}, which moves the weights of a group of blocks (num_blocks_per_group)"
     return None
