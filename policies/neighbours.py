@@ -73,8 +73,9 @@ def _beside_counting(cache: str, rule: Rule) -> str | None:
         return f"skips in a window, and {cache} counts the calls of each block"
     if isinstance(rule.action, ScaleText) and rule.action.operand != "input":
         return f"scales the text's {rule.action.operand}, and {cache} answers for attentions without calling them"
-    if isinstance(rule.action, ScaleText) and cache == "FasterCache" and rule.branch != "both":
-        return f"scales text of branch {rule.branch!r}, and {cache} takes the unconditional half out of the batch"
+    by_row = isinstance(rule.action, ScaleText) and (rule.branch != "both" or rule.action.tokens != "all")
+    if by_row and cache == "FasterCache":
+        return f"scales text row by row, and {cache} takes rows out of the batch; scale all tokens of both branches"
     return None
 
 

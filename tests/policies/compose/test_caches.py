@@ -17,12 +17,12 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
-from diffusers.hooks import SeaCacheConfig, apply_first_block_cache, apply_mag_cache
+from diffusers.hooks import HookRegistry, SeaCacheConfig, apply_faster_cache, apply_first_block_cache, apply_mag_cache
 from torch import nn
 
 from ..by_hand import forward_as, identity, scaled_text
 from ..families import STEPS, Family
-from .models import FAMILY, new_scheduler, policy_for, without
+from .models import FAMILY, generate, new_scheduler, policy_for, without
 
 FLUX = FAMILY["flux-dev"]
 MIDDLE = 4  # a single-stream block, neither first nor last
@@ -223,3 +223,58 @@ def test_caches_that_were_put_on_by_hand_are_seen(family):
         pytest.raises(PolicyError, match=rf"skips block {last}, by which FirstBlockCache decides; take that off"),
     ):
         family.forward(model)
+
+
+@pytest.fixture
+def faster_sd3(tiny_sd3_pipeline):
+    """FasterCache put on by hand: at some steps it takes the unconditional row out of the batch."""
+    pipe = tiny_sd3_pipeline()
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 900),
+        spatial_attention_block_identifiers=("blocks.*attn",),
+        unconditional_batch_skip_range=2,
+        unconditional_batch_timestep_skip_range=(-1, 900),
+        attention_weight_callback=lambda module: 0.5,
+        tensor_format="BCHW",
+        _unconditional_conditional_input_kwargs_identifiers=[
+            "hidden_states",
+            "encoder_hidden_states",
+            "timestep",
+            "pooled_projections",
+        ],
+        current_timestep_callback=lambda: 500,
+    )
+    apply_faster_cache(pipe.transformer, config)
+    return pipe
+
+
+@pytest.mark.parametrize("which", [{"branch": "cond"}, {"branch": "uncond"}, {"tokens": "prompt"}])
+def test_rows_cannot_be_told_apart_under_faster_cache(faster_sd3, which):
+    action = ScaleText(operand="input", scale=1.7, tokens=which.get("tokens", "all"))
+    rule = Rule(blocks=[1], branch=which.get("branch", "both"), action=action)
+    with (
+        apply_policy(faster_sd3, policy_for(faster_sd3, rule)),
+        pytest.raises(PolicyError, match=r"rules\[0\] scales text row by row, and FasterCache takes rows out"),
+    ):
+        generate(faster_sd3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+def test_all_rows_are_scaled_alike_under_faster_cache(faster_sd3):
+    model, rows = faster_sd3.transformer, []
+    block = model.transformer_blocks[1]
+    block.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    rule = Rule(blocks=[1], action=ScaleText(operand="input", scale=1.7))
+    with apply_policy(faster_sd3, policy_for(faster_sd3, rule)):
+        got = generate(faster_sd3)
+    assert set(rows) == {1, 2}
+    HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks()
+    plain = generate(faster_sd3)
+    HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks()
+    block.register_forward_pre_hook(
+        lambda module, args, given: (args, given | {"encoder_hidden_states": 1.7 * given["encoder_hidden_states"]}),
+        with_kwargs=True,
+    )
+    torch.testing.assert_close(got, generate(faster_sd3))
+    assert not torch.allclose(got, plain, atol=1e-4)
