@@ -1,9 +1,10 @@
 """What the tests of composition share: tiny models by name, and the answers that a policy is held against."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from blocktune.policies import BlockPolicy, Rule
+from blocktune.policies import BlockPolicy, Rule, apply_policy
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
@@ -26,6 +27,16 @@ def without(family: Family, index: int) -> nn.Module:
     container, place = family.slots[index]
     del getattr(model, container.name)[place]
     return model
+
+
+def every_rule_acts(run: Callable[[], torch.Tensor], target: Any, rules: Sequence[Rule], **given: Any) -> bool:
+    """Whether each rule by itself changes what `run` returns; beside others one that does nothing could go unseen."""
+    plain = run()
+    for rule in rules:
+        with apply_policy(target, policy_for(target, rule), **given):
+            if torch.allclose(run(), plain, atol=1e-3):
+                return False
+    return torch.equal(run(), plain)
 
 
 def generate(pipe: Any, **kwargs: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload
 from blocktune.policies import Reuse, Rule, ScaleText, Skip, apply_policy
 
-from .models import generate, policy_for
+from .models import every_rule_acts, generate, policy_for
 
 peft = pytest.importorskip("peft")
 
@@ -94,6 +94,7 @@ def test_policy_on_and_off_around_adapters(tiny_sd3_pipeline, fused):
         under_both = generate(pipe)
     assert torch.equal(generate(pipe), with_adapter)
     assert not torch.allclose(under_both, with_adapter, atol=1e-2)
+    assert every_rule_acts(lambda: generate(pipe), pipe, RULES)
     if fused:
         pipe.unfuse_lora()
     pipe.unload_lora_weights()

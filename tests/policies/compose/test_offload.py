@@ -16,7 +16,7 @@ from blocktune.policies import PolicyError, Reuse, Rule, ScaleText, Skip, apply_
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 
-from .models import FAMILY, generate, new_scheduler, policy_for
+from .models import FAMILY, every_rule_acts, generate, new_scheduler, policy_for
 
 RULES = [
     Rule(blocks=[0], window=(0, 0.5), action=ScaleText(operand="logit", scale=1.7)),
@@ -62,6 +62,7 @@ def test_policy_on_an_offloaded_pipeline(tiny_sd3_pipeline, answers, offload):
             assert torch.equal(generate(pipe), expected)
             assert (applied.report.skipped, applied.report.reused) == (2, 2)
     assert torch.equal(generate(pipe), plain)
+    assert every_rule_acts(lambda: generate(pipe), pipe, RULES)
 
 
 @by_offload
