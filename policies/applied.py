@@ -217,7 +217,6 @@ class Applied:
         lane, step = self._enter(left_out is not None)
         rows = None
         if any(action.touched for action in step):
-            refuse_neighbours(self._transformer, self.policy, self._slots)
             if row.filled_by and self._argument(args, kwargs, row.filled_by) is not None:
                 raise PolicyError(f"{row.filled_by} fills a cache inside of the blocks; run without it under a policy.")
             rows = self._rows(args, kwargs, lane, left_out is not None)
@@ -246,6 +245,7 @@ class Applied:
         tick = self._read()
         begins = tick.begins_run_after(self._tick)
         if begins:
+            refuse_neighbours(self._transformer, self.policy, self._slots)
             self._forget()
             self._calls.clear()
             self._cache_bytes = 0

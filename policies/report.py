@@ -10,7 +10,8 @@ class Call:
     """One call of the transformer: the step it was, and what each block did.
 
     An entry of `blocks` is "compute", "skip" or "reuse", with "+scale" behind it where the text was scaled, or "" for
-    a block that was not called (left out by skip-layer guidance).
+    a block that was not called (left out by skip-layer guidance). Beside a cache of diffusers' "compute" says that the
+    block was called: the cache may have answered for it.
     """
 
     step: int

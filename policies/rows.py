@@ -20,6 +20,7 @@ class Rows:
     text_tokens: int | None  # text tokens in front of a joined stream
     texts: Texts | None = None  # the prompts behind the rows
 
+    @torch.inference_mode(False)  # a factor outlives the run: training may meet it after a run in inference mode
     def factor(self, scales: Sequence[tuple[Branch, ScaleText]]) -> torch.Tensor | None:
         """What multiplies the text of each row, None for nothing.
 
