@@ -21,11 +21,12 @@ from diffusers.hooks import HookRegistry, SeaCacheConfig, apply_faster_cache, ap
 from torch import nn
 
 from ..by_hand import forward_as, identity, scaled_text
-from ..families import STEPS, Family
+from ..families import STEPS, TEXT_TOKENS, Family
 from .models import FAMILY, generate, new_scheduler, policy_for, without
 
 FLUX = FAMILY["flux-dev"]
 MIDDLE = 4  # a single-stream block, neither first nor last
+LOUDER = torch.full((1, TEXT_TOKENS), 1.7)  # of every text token
 NOW = [0.0]  # the timestep of a run, for caches that ask
 BY_FIRST_BLOCK = {
     "FirstBlockCache": lambda: FirstBlockCacheConfig(threshold=1e3),
@@ -166,7 +167,7 @@ def test_scaled_text_is_right_or_refused(monkeypatch, cache, operand, scope, blo
         got = denoise(model, scheduler)
     assert 0 < len(computed) < STEPS * len(FLUX.slots)
     other = FLUX.build()
-    with scaled_text(monkeypatch, other, FLUX, block, operand, scope, 1.7):
+    with scaled_text(monkeypatch, other, FLUX, block, operand, scope, LOUDER):
         other.enable_cache(CACHES[cache]())  # outside of what was done by hand, as stand-ins are outside of it
         torch.testing.assert_close(got, denoise(other), rtol=1e-5, atol=1e-5)  # rotated in float32
     # Blocks norm their text, and single-stream ones make attention and MLP from the same: they hear no change of size.
