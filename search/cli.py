@@ -3,8 +3,9 @@
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -46,14 +47,40 @@ def confirm(run: RunArgument = DEFAULT_RUN) -> None:
 
 
 def _search(config, path: Path, resume: bool, confirm_only: bool) -> None:
+    from .launch import launch
+
+    again = f"blocktune search --resume --out {path}"
+    run = _guarded(path, again, lambda: launch(config, path, resume, confirm_only))
+    _print_confirmed(run)
+    typer.echo(f"\nreport {run.report}\nfront {run.front}\npictures {run.compare}\npolicies {run.policies}")
+
+
+@app.command()
+def probe(
+    config: Annotated[Path | None, typer.Argument(help="YAML file; without it the reference model is probed")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. probe.images=192")] = None,
+    out: Annotated[Path | None, typer.Option(help="run directory; runs/<name> when not given")] = None,
+) -> None:
+    """Measure what each block does: removed, reused, deaf to the text, or hearing it louder."""
+    from .config import load_config
+    from .probe import launch_probe, summary
+
+    settings = load_config(config, set_ or [])
+    path = out or Path("runs") / settings.name
+    run = _guarded(path, f"blocktune probe --out {path}", lambda: launch_probe(settings, path))
+    typer.echo(summary(run))
+    typer.echo(f"\ntable {path / 'probe.parquet'}\npicture {path / 'probe.png'}")
+
+
+def _guarded(path: Path, again: str, action: Callable[[], Any]) -> Any:
+    """Run what measures into `path`; its faults become a sentence each, and `again` is how to go on."""
     from optuna.exceptions import StorageInternalError
 
-    from .launch import launch
     from .pool import JobFailed
 
-    go_on = f"go on with: blocktune search --resume --out {path}"
+    go_on = f"go on with: {again}"
     try:
-        run = launch(config, path, resume, confirm_only)
+        return action()
     except KeyboardInterrupt:
         typer.echo(f"stopped; everything finished is saved, {go_on}", err=True)
         raise typer.Exit(130) from None
@@ -66,8 +93,6 @@ def _search(config, path: Path, resume: bool, confirm_only: bool) -> None:
         _fail(f"the study cannot be stored: {cause}; what finished is saved, {go_on}", 1)
     except JobFailed as error:
         _fail(f"{error}; what finished is saved, {go_on}", 1)
-    _print_confirmed(run)
-    typer.echo(f"\nreport {run.report}\nfront {run.front}\npictures {run.compare}\npolicies {run.policies}")
 
 
 def _print_confirmed(run) -> None:

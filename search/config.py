@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -74,6 +74,27 @@ class Space(_Section):
     )
 
 
+Effect: TypeAlias = Literal[
+    "remove", "reuse", "disable", "disable locally", "enhance input", "enhance key", "enhance value", "enhance logit"
+]
+
+
+class Probe(_Section):
+    images: PositiveInt = Field(default=96, description="the first so many of the search prompts, and of the held-out")
+    effects: tuple[Effect, ...] = Field(
+        default=get_args(Effect), description="what is done to each block; `disable` is the paper's, for later ones too"
+    )
+    windows: tuple[tuple[float, float], ...] = Field(
+        default=((0.0, 1.0),), description="parts of the run, as [start, end] in fractions"
+    )
+    scale: float = Field(default=1.5, gt=1, description="how much louder text is under `enhance`")
+    group: PositiveInt = Field(
+        default=3, description="neighbouring blocks tried together first; 1 probes every block on all pictures"
+    )
+    chosen: PositiveInt = Field(default=3, description="how many of the best blocks the controls take together")
+    random_sets: NonNegativeInt = Field(default=8, description="random sets of as many blocks to compare with")
+
+
 class Search(_Section):
     trials: PositiveInt = 44
     sampler: Literal["tpe", "gp", "nsgaii", "random"] = "tpe"
@@ -118,6 +139,7 @@ class Config(_Section):
     prompts: Prompts = Prompts()
     objectives: Objectives = Objectives()
     space: Space = Space()
+    probe: Probe = Probe()
     search: Search = Search()
     confirm: Confirm = Confirm()
     ray: Ray = Ray()

@@ -138,16 +138,23 @@ class Pool:
         return finished
 
     def run(self, jobs: list[Job], done: Callable[[Job], None] = lambda job: None) -> list[Job]:
-        """All jobs, as many at a time as there are workers, in their order. JobFailed when one fails."""
-        waiting = list(jobs)
+        """All jobs, as many at a time as there are workers, in their order. JobFailed when one failed."""
+        for job in self.try_all(jobs, done):
+            raise JobFailed(f"{job.method} failed: {job.error}")
+        return jobs
+
+    def try_all(self, jobs: list[Job], done: Callable[[Job], None] = lambda job: None) -> list[Job]:
+        """All jobs, as `run`; `done` is called for each that succeeded, and those that failed are given back."""
+        waiting, failed = list(jobs), []
         while waiting or self._running:
             while waiting and self._idle:
                 self.submit(waiting.pop(0))
             for job in self.wait():
                 if job.error:
-                    raise JobFailed(f"{job.method} failed: {job.error}")
-                done(job)
-        return jobs
+                    failed.append(job)
+                else:
+                    done(job)
+        return failed
 
     def close(self) -> None:
         ray.shutdown()

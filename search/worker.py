@@ -103,16 +103,22 @@ class Worker:
             | {"python": platform.python_version()},
         )
 
-    def measure(self, policy: BlockPolicy, steps: int, split: str, reference: np.ndarray | None) -> Measurement:
-        """The split's pictures under `policy`, scored; `reference` are the unmodified model's pictures."""
+    def measure(
+        self, policy: BlockPolicy, steps: int, split: str, reference: np.ndarray | None, count: int | None = None
+    ) -> Measurement:
+        """The split's pictures, or the first `count`, under `policy`, scored.
+
+        `reference` are the unmodified model's pictures of the whole split.
+        """
         prompts, rows = self._split(split)
+        prompts, rows = prompts[:count], some(rows, slice(count))
         begin = time.perf_counter()
         images = generate(self.pipe, prompts, rows, self.config.generation, steps, policy)
         made = time.perf_counter()
         objectives, scores = self.config.objectives, {}
         for name in dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane")):
             evaluator = get(name)
-            compared = reference if reference is not None else images
+            compared = reference[:count] if reference is not None else images
             scores[name] = evaluator.score(
                 images, [p.text for p in prompts], compared if evaluator.needs_reference else None
             )

@@ -50,6 +50,7 @@ class World:
     folder: Path
     cwd: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    pause: float = 0.5  # seconds that a scoring takes, for tests that act in the middle of one
 
     @property
     def config(self) -> Path:
@@ -60,7 +61,7 @@ class World:
         return os.environ | {
             "PYTHONPATH": os.pathsep.join([str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "FAULTS": str(self.folder / "faults"), "TEST_MARK": self.mark,
-            "COLUMNS": "200", "PAUSE": "0.5", "OMP_NUM_THREADS": "1", "RAY_DISABLE_IMPORT_WARNING": "1",
+            "COLUMNS": "200", "PAUSE": str(self.pause), "OMP_NUM_THREADS": "1", "RAY_DISABLE_IMPORT_WARNING": "1",
         }  # fmt: skip
 
     def run(self, *arguments: object, code: int = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,321 @@
+"""Probe: what each block does, one at a time (arXiv 2601.02211, Sec. 3), as paired differences with intervals.
+
+For every effect, window and block the search prompts are drawn again with that one block changed, and compared picture
+by picture with the unmodified model, for all prompts and for each kind. Controls: text made louder in front of the last
+block, which must change nothing; and on held-out prompts the best blocks together against random sets of their size and
+against all blocks at the same budget.
+
+Coarse to fine: groups of neighbouring blocks first, on fewer pictures; then the blocks of the groups that matter most.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from ..evaluators import paired_interval
+from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
+from ..policies.policy import ModelIdentity
+from .config import Config, ConfigError
+from .pool import Job, Pool
+from .progress import Display
+from .run_directory import RunDirectory
+from .study import check_objectives
+from .worker import read_prompts
+
+Action: TypeAlias = Skip | Reuse | ScaleText
+Table: TypeAlias = Any  # a pandas DataFrame, whose annotations answer for every kind of index at once
+# Each action, given the scale that makes text louder, and which blocks are the best: those it helps or harms least, or
+# for a disabled text those that need it most.
+EFFECTS: dict[str, tuple[Callable[[float], Action], int]] = {
+    "remove": (lambda s: Skip(), 1),
+    "reuse": (lambda s: Reuse(every=2), 1),
+    "disable": (lambda s: ScaleText(operand="input", scale=0.0), -1),  # the paper's: for all later blocks as well
+    "disable locally": (lambda s: ScaleText(operand="logit", scale=0.0), -1),
+    "enhance input": (lambda s: ScaleText(operand="input", scale=s), 1),
+    "enhance key": (lambda s: ScaleText(operand="key", scale=s), 1),
+    "enhance value": (lambda s: ScaleText(operand="value", scale=s), 1),
+    "enhance logit": (lambda s: ScaleText(operand="logit", scale=s), 1),
+}
+COARSE = 3  # of the pictures, and of the groups that go on, one in so many
+
+
+@dataclass(frozen=True)
+class Part:
+    """One change to measure: an effect at some blocks in a window, on the first `images` prompts of a split."""
+
+    effect: str
+    blocks: tuple[int, ...]
+    window: tuple[float, float]
+    images: int
+    split: str = "search"
+    scale: float | None = None  # the config's when not given
+
+    def policy(self, model: ModelIdentity, scale: float) -> BlockPolicy:
+        action = EFFECTS[self.effect][0](self.scale or scale)
+        rule = Rule(blocks=self.blocks, window=self.window, action=action)
+        return BlockPolicy(name=f"{self.effect} {list(self.blocks)}", model=model, rules=(rule,))
+
+
+class Probe:
+    """A probe in one run directory; what was measured stays there, and is not measured again."""
+
+    def __init__(self, config: Config, run: RunDirectory, pool: Pool, display: Display):
+        self.config, self.run, self.pool, self.display = config, run, pool, display
+        self.model = pool.description.model
+        self.prompts = {split: read_prompts(config, split) for split in ("search", "confirm")}
+        self.images = min(config.probe.images, *map(len, self.prompts.values()))
+        self.seconds_per_image = 0.0
+        self.made = 0  # pictures drawn by this process
+        self.planned = 0
+        self.refused: dict[str, str] = {}  # effects that the model does not know, and why
+
+    def measure(self) -> Table:
+        """All blocks under all effects: block, effect, window, kind, delta, low, high, n, psnr; written as well."""
+        probe = self.config.probe
+        blocks = self.model.num_blocks
+        self._baseline("search")
+        cases = [(effect, window) for window in probe.windows for effect in probe.effects]
+        groups = [tuple(range(a, min(a + probe.group, blocks))) for a in range(0, blocks, probe.group)]
+        few = max(2, math.ceil(self.images / COARSE))
+        kept = math.ceil(len(groups) / COARSE)
+        coarse = len(groups) * few + kept * probe.group * self.images
+        per_case = coarse if probe.group > 1 else blocks * self.images
+        self._tell_cost(len(cases) * per_case, len(cases) * blocks * self.images)
+        parts: list[Part] = []
+        if probe.group > 1:
+            first = [Part(effect, group, window, few) for effect, window in cases for group in groups]
+            means = self._run("groups of blocks", first)
+            for effect, window in cases:
+                wanted = EFFECTS[effect][1]
+                of_case = [p for p in first if (p.effect, p.window) == (effect, window) and p in means]
+                best = sorted(of_case, key=lambda p: -wanted * means[p])[:kept]
+                parts += [Part(effect, (b,), window, self.images) for p in best for b in p.blocks]
+        else:
+            parts = [Part(effect, (b,), window, self.images) for effect, window in cases for b in range(blocks)]
+        self._run("blocks", parts)
+        table = self._table([p for p in parts if p.effect not in self.refused])
+        self._write(table, "probe.parquet")
+        return table
+
+    def controls(self, table: Table) -> Table:
+        """The best blocks of the most helpful louder text together, random sets, and all: on held-out prompts.
+
+        `all` has every block at the scale whose product over the blocks is that of the chosen ones.
+        """
+        probe = self.config.probe
+        louder = table[(table["kind"] == "all") & table["effect"].str.startswith("enhance")]
+        louder = louder[louder["effect"] != "enhance input"]  # acts on later blocks, whichever is named
+        if louder.empty:
+            return pd.DataFrame()
+        self._baseline("confirm")
+        best = louder.nlargest(probe.chosen, "delta")
+        effect = str(best.groupby("effect")["delta"].sum().idxmax())
+        window = _window(str(louder[louder["effect"] == effect]["window"].iloc[0]))
+        ranked = louder[louder["effect"] == effect].nlargest(probe.chosen, "delta")
+        chosen = tuple(sorted(int(b) for b in ranked["block"]))
+        rng = np.random.default_rng(self.config.search.seed)
+        blocks = self.model.num_blocks
+        sets = {"chosen": Part(effect, chosen, window, self.images, "confirm")}
+        for i in range(probe.random_sets):
+            drawn = tuple(sorted(int(b) for b in rng.choice(blocks, len(chosen), replace=False)))
+            sets[f"random {i + 1}"] = Part(effect, drawn, window, self.images, "confirm")
+        shared = probe.scale ** (len(chosen) / blocks)
+        sets["all"] = Part(effect, tuple(range(blocks)), window, self.images, "confirm", shared)
+        if "enhance input" in probe.effects and "enhance input" not in self.refused:
+            sets["last block, no-op"] = Part("enhance input", (blocks - 1,), (0.0, 1.0), self.images, "confirm")
+        self._run("controls", list(dict.fromkeys(sets.values())))
+        rows = []
+        for name, part in sets.items():
+            told = self._deltas(part, "all")
+            rows.append({"set": name, "effect": part.effect, "blocks": list(part.blocks), **told})
+        result: Table = pd.DataFrame(rows)
+        self._write(result, "probe_sets.parquet")
+        return result
+
+    def _tell_cost(self, planned: int, full: int) -> None:
+        self.planned = planned
+        minutes = planned * self.seconds_per_image / self.pool.size / 60
+        share = f", {100 * planned / full:.0f} % of every block on all pictures" if planned < full else ""
+        self.display.say(f"probing draws {planned} pictures{share}: about {minutes:.0f} minutes")
+
+    def _baseline(self, split: str) -> None:
+        name = "unmodified" if split == "search" else "confirm-unmodified"
+        if not (self.run.scores / f"{name}.parquet").exists():
+            plain = BlockPolicy(name="unmodified", model=self.model, rules=())
+            steps = self.config.generation.num_inference_steps
+            (job,) = self.pool.run([Job("measure", (plain, steps, split, None))])
+            self.run.write_images(name, job.result.images)
+            self.run.write_scores(name, self.prompts[split], job.result.scores)
+            self.seconds_per_image = job.result.generate_seconds / len(job.result.images)
+        self._reference = self.pool.put(self.run.read_images(name))
+        self._before = self.run.read_scores(name)
+
+    def _name(self, part: Part) -> str:
+        policy = part.policy(self.model, self.config.probe.scale)
+        digest = hashlib.sha256(f"{policy.digest}-{part.split}-{part.images}".encode()).hexdigest()
+        return f"probe-{digest[:16]}"
+
+    def _run(self, stage: str, parts: list[Part]) -> dict[Part, float]:
+        """Measure what is missing; the mean difference of alignment per part."""
+        steps = self.config.generation.num_inference_steps
+
+        def keep(job: Job) -> None:
+            part = job.tag
+            prompts = self.prompts[part.split][: part.images]
+            self.run.write_scores(self._name(part), prompts, job.result.scores)
+            self.made += len(job.result.images)
+            self.display.advance()
+
+        missing = [p for p in parts if not (self.run.scores / f"{self._name(p)}.parquet").exists()]
+        jobs = []
+        for part in missing:
+            policy = part.policy(self.model, self.config.probe.scale)
+            jobs.append(Job("measure", (policy, steps, part.split, self._reference, part.images), part))
+        self.display.stage(stage, len(jobs))
+        failed = self.pool.try_all(jobs, keep)
+        for job in failed:
+            self.refused.setdefault(job.tag.effect, str(job.error))
+        for effect, reason in self.refused.items():
+            self.display.say(f"{effect} is left out: {reason}")
+        return {p: self._deltas(p, "all")["delta"] for p in parts if p.effect not in self.refused}
+
+    def _deltas(self, part: Part, kind: str) -> dict[str, Any]:
+        after: Table = self.run.read_scores(self._name(part))
+        before = self._before.iloc[: len(after)]
+        rows = np.ones(len(after), bool) if kind == "all" else (after["kind"] == kind).to_numpy()
+        name = self.config.objectives.alignment
+        prompts = list(before["prompt"][rows])
+        if len(set(prompts)) < 2:  # one prompt has no spread, and so no interval
+            delta = float((after[name] - before[name])[rows].mean())
+            return {"delta": delta, "low": math.nan, "high": math.nan, "n": len(prompts), "psnr": math.nan}
+        told = paired_interval(after[name][rows], before[name][rows], groups=prompts)
+        psnr = float(after["psnr"][rows].mean()) if "psnr" in after else math.nan
+        return {"delta": told.delta, "low": told.low, "high": told.high, "n": told.n, "psnr": psnr}
+
+    def _table(self, parts: list[Part]) -> Table:
+        kinds = ["all", *dict.fromkeys(p.kind for p in self.prompts["search"][: self.images])]
+        rows = [
+            {"block": p.blocks[0], "effect": p.effect, "window": f"{p.window[0]:g}-{p.window[1]:g}", "kind": kind}
+            | self._deltas(p, kind)
+            for p in parts
+            for kind in kinds
+        ]
+        return pd.DataFrame(rows)
+
+    def _write(self, table: Table, name: str) -> None:
+        beside = self.run.path / f"{name}.new"
+        table.to_parquet(beside, index=False)
+        beside.replace(self.run.path / name)
+
+
+def _window(told: str) -> tuple[float, float]:
+    start, end = told.split("-")
+    return float(start), float(end)
+
+
+def best_blocks(table: Table, effect: str, count: int) -> list[int]:
+    """The `count` blocks that an effect marks as the best, over all windows, best first."""
+    rows = table[(table["effect"] == effect) & (table["kind"] == "all")]
+    means = rows.groupby("block")["delta"].mean() * EFFECTS[effect][1]
+    return [int(b) for b in means.nlargest(count).index]
+
+
+def read_probe(path: str) -> Table:
+    """The table that a probe wrote. ConfigError for any other file."""
+    try:
+        table: Table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"search.prior is {path!r}, which cannot be read: {' '.join(str(error).split())}.") from None
+    if not {"block", "effect", "kind", "delta", "low", "high"} <= set(table.columns):
+        raise ConfigError(f"search.prior is {path!r}; accepted: the probe.parquet that blocktune probe wrote.")
+    return table
+
+
+def draw(table: Table, num_blocks: int, path: Path) -> None:
+    """A heat map block x effect for each kind of prompt; a dot marks what differs from zero by its interval."""
+    kinds, effects = list(dict.fromkeys(table["kind"])), list(dict.fromkeys(table["effect"]))
+    columns = min(3, len(kinds))
+    rows = math.ceil(len(kinds) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.4 + columns * (1.2 + 0.28 * num_blocks), 0.6 + rows * (1.0 + 0.3 * len(effects))),
+        layout="constrained", squeeze=False, sharex=True, sharey=True,
+    )  # fmt: skip
+    limit = 100 * float(np.nanquantile(table["delta"].abs(), 0.98)) or 1.0
+    image = None
+    for axis, kind in zip(axes.flat, kinds, strict=False):
+        of_kind = table[table["kind"] == kind].groupby(["effect", "block"])[["delta", "low", "high"]].mean()
+        grid = np.full((len(effects), num_blocks), np.nan)
+        for (effect, block), told in of_kind.iterrows():
+            row = effects.index(effect)
+            grid[row, block] = 100 * told["delta"]
+            if told["low"] > 0 or told["high"] < 0:
+                axis.plot(block, row, ".", ms=4, color="#1f2430")
+        image = axis.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        axis.set_title(kind, loc="left", fontsize=10)
+        axis.set_yticks(range(len(effects)), effects, fontsize=8)
+        axis.set_xticks(range(0, num_blocks, max(1, num_blocks // 12)))
+        axis.tick_params(length=0, labelsize=8)
+        axis.spines[:].set_visible(False)
+    for axis in axes.flat[len(kinds) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("block", fontsize=9)
+    if image is not None:
+        bar = figure.colorbar(image, ax=axes, shrink=0.8)
+        bar.set_label("alignment against the unmodified model, points", fontsize=9)
+        bar.outline.set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def launch_probe(config: Config, path: Path) -> RunDirectory:
+    """Probe into the run directory `path`, new or of the same model, prompts and objectives; and return it.
+
+    Raises as `launch` does.
+    """
+    check_objectives(config)
+    run = RunDirectory.open(path, config, resume=(path / "config.yaml").exists())
+    with Display() as display:
+        display.say("starting workers")
+        pool = Pool(config, run.read_state().get("dtype"))
+        try:
+            run.write_json(run.state, run.read_state() | {"dtype": pool.description.dtype})
+            display.say(f"{pool.size} on {pool.description.device}, {pool.description.dtype}")
+            probe = Probe(config, run, pool, display)
+            table = probe.measure()
+            probe.controls(table)
+            draw(table, probe.model.num_blocks, run.path / "probe.png")
+        finally:
+            pool.close()
+    return run
+
+
+def summary(run: RunDirectory) -> str:
+    """What a probe found, in words: the best blocks of each effect, and what the controls gave."""
+    table: Table = pd.read_parquet(run.path / "probe.parquet")
+    count = run.load_config().probe.chosen
+    lines = ["alignment against the unmodified model, points, with 95 % intervals"]
+    for effect in dict.fromkeys(table["effect"]):
+        rows = table[(table["effect"] == effect) & (table["kind"] == "all")].set_index("block")
+        told = (f"{b} {_points(rows.loc[[b]].iloc[0])}" for b in best_blocks(table, effect, count))
+        lines.append(f"{effect:<16} blocks " + ", ".join(told))
+    if (run.path / "probe_sets.parquet").exists():
+        lines += ["", "together, on held-out prompts"]
+        sets: Table = pd.read_parquet(run.path / "probe_sets.parquet")
+        for _, row in sets.iterrows():
+            lines.append(f"{row['set']:<18} {row['effect']} at {list(row['blocks'])}: {_points(row)}")
+    return "\n".join(lines)
+
+
+def _points(row: Any) -> str:
+    return f"{100 * row['delta']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"

@@ -1,0 +1,133 @@
+"""A real probe of a tiny model by the command line, and what its table says."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from blocktune.evaluators import load_prompts
+from blocktune.policies import BlockPolicy, Rule, Skip
+from blocktune.search.config import ConfigError, Probe, load_config
+from blocktune.search.generation import embed, generate, load
+from blocktune.search.probe import EFFECTS, best_blocks, read_probe
+from PIL import Image
+
+BLOCKS = 12
+SHOWN = ("remove", "disable", "enhance value", "enhance input")
+PROBE = [
+    "--set", "probe.images=3", "--set", "probe.random_sets=2", "--set", "probe.chosen=2",
+    "--set", f"probe.effects={json.dumps(SHOWN)}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(new_world):
+    world = new_world()
+    world.pause = 0
+    return world
+
+
+@pytest.fixture(scope="module")
+def probed(world):
+    """Coarse to fine, and what it printed."""
+    done = world.run("probe", world.config, *PROBE, "--set", "probe.group=3")
+    return world.cwd / "runs" / "tiny", done.stdout
+
+
+def test_groups_go_first_and_their_best_blocks_are_measured_alone(probed):
+    run, _ = probed
+    table = pd.read_parquet(run / "probe.parquet")
+    for effect in SHOWN:
+        rows = table[(table["effect"] == effect) & (table["kind"] == "all")]
+        # 4 groups of 3, of which one in 3 goes on: 2 groups
+        assert len(rows) == 6
+        starts = sorted(rows["block"])[::3]
+        assert all(start % 3 == 0 for start in starts)
+        assert sorted(rows["block"]) == [b for start in starts for b in range(start, start + 3)]
+    assert set(table["kind"]) == {"all", "single", "colors", "counting"}
+    everything = table[table["kind"] == "all"]
+    assert (everything["low"] <= everything["delta"]).all()
+    assert (everything["delta"] <= everything["high"]).all()
+    assert set(everything["n"]) == {3}
+    assert table[table["kind"] != "all"]["low"].isna().all()  # of one prompt each
+
+
+def test_a_difference_is_that_of_the_block_itself(world, probed, tiny_model):
+    """The block is taken out by hand, the prompts drawn and compared with the unmodified model's pictures."""
+    run, _ = probed
+    table = pd.read_parquet(run / "probe.parquet")
+    row = table[(table["effect"] == "remove") & (table["kind"] == "all")].iloc[0]
+    config = load_config(world.config, [])
+    pipe = load(str(tiny_model), "cpu", torch.float32)
+    prompts = load_prompts(world.folder / "search.jsonl")[:3]
+    rows = embed(pipe, [p.text for p in prompts], config.generation)
+    steps = config.generation.num_inference_steps
+    plain = generate(pipe, prompts, rows, config.generation, steps)
+    del pipe.transformer.transformer_blocks[int(row["block"])]
+    without = generate(pipe, prompts, rows, config.generation, steps)
+    means = [float(np.mean(images.reshape(3, -1).mean(axis=1) / 255)) for images in (plain, without)]
+    assert row["delta"] == pytest.approx(means[1] - means[0], abs=2e-3)
+
+
+def test_controls_are_told(probed):
+    run, printed = probed
+    sets = pd.read_parquet(run / "probe_sets.parquet").set_index("set")
+    assert list(sets.index) == ["chosen", "random 1", "random 2", "all", "last block, no-op"]
+    assert [len(blocks) for blocks in sets["blocks"]] == [2, 2, 2, BLOCKS, 1]
+    assert sets.loc["last block, no-op", "delta"] == pytest.approx(0, abs=1e-3)
+    assert re.search(r"^chosen +enhance", printed, re.MULTILINE)
+    for effect in SHOWN:
+        assert effect in printed
+
+
+def test_the_picture_is_there(probed):
+    run, _ = probed
+    with Image.open(run / "probe.png") as picture:
+        assert picture.width > 600
+        assert len(picture.convert("RGB").getcolors(1_000_000)) > 20
+
+
+def test_the_cost_is_told_first_and_nothing_is_measured_twice(world, probed):
+    run, _ = probed
+    calls = (world.folder / "faults" / "calls").stat().st_size
+    again = world.run("probe", world.config, *PROBE, "--set", "probe.group=3")
+    assert (world.folder / "faults" / "calls").stat().st_size == calls
+    assert "probing draws" in again.stderr + again.stdout
+    before = pd.read_parquet(run / "probe.parquet")
+    world.run("probe", world.config, *PROBE, "--set", "probe.group=1", "--set", 'probe.effects=["remove"]')
+    full = pd.read_parquet(run / "probe.parquet")
+    assert len(full[full["kind"] == "all"]) == BLOCKS
+    known = before[before["effect"] == "remove"].set_index(["block", "kind"])["delta"]
+    assert full.set_index(["block", "kind"])["delta"].loc[known.index].tolist() == known.tolist()
+
+
+def test_best_blocks_are_those_that_help_or_need_the_text(tmp_path):
+    rows = [
+        {"block": b, "effect": effect, "window": "0-1", "kind": "all", "delta": (b - 3) / 10, "low": 0.0, "high": 0.0}
+        for effect in ("remove", "disable")
+        for b in range(6)
+    ]
+    path = tmp_path / "probe.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    table = read_probe(str(path))
+    assert best_blocks(table, "remove", 2) == [5, 4]
+    assert best_blocks(table, "disable", 2) == [0, 1]
+    with pytest.raises(ConfigError, match=r"search\.prior is .*nowhere"):
+        read_probe(str(tmp_path / "nowhere"))
+    pd.DataFrame({"a": [1]}).to_parquet(path)
+    with pytest.raises(ConfigError, match=r"accepted: the probe\.parquet"):
+        read_probe(str(path))
+
+
+def test_every_effect_is_a_policy_of_its_own():
+    model = {"transformer": "SD3Transformer2DModel", "num_blocks": 3, "fingerprint": "0" * 64}
+    digests = set()
+    for make, wanted in EFFECTS.values():
+        rule = Rule(blocks=[1], action=make(1.5))
+        digests.add(BlockPolicy.model_validate({"name": "p", "model": model, "rules": [rule]}).digest)
+        assert wanted in (1, -1)
+    assert len(digests) == len(EFFECTS)
+    assert set(Probe().effects) == set(EFFECTS)
+    assert isinstance(EFFECTS["remove"][0](2.0), Skip)
