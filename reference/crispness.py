@@ -20,8 +20,9 @@ _SQUARE = np.ones((3, 3), bool)
 _MIN_AREA = 14  # pixels inside objects; a picture with less shows nothing
 _MIN_GROUND = 0.1  # share of pixels well away from objects
 # What true renderings have is free; above it, a tolerance costs a factor e.
-_EDGE_MIX = 0.175  # mixed share of the pixels along edges: 0.11 on average, 0.18 for a lone square between two pixels
-_EDGE_TOLERANCE = 0.1
+_EDGE_GAP = 0.04  # at the tips of a triangle or diamond, where no pixel is all object; none along any straight edge
+_EDGE_TOLERANCE = 0.08
+_MIXED = (0.1, 0.9)  # cover of a pixel that an edge crosses
 _FLAT = 0.006  # RGB distance, ground and inside together, that rounding to 8 bits makes
 _FLAT_TOLERANCE = 0.12
 
@@ -44,13 +45,18 @@ def crispness(picture: np.ndarray) -> float:
     parts = measure(picture)
     if parts is None:
         return 0.0
-    ground, inside, edge = parts
-    unflat, blur = max(0.0, ground + inside - _FLAT), max(0.0, edge - _EDGE_MIX)
+    ground, inside, gap = parts
+    unflat, blur = max(0.0, ground + inside - _FLAT), max(0.0, gap - _EDGE_GAP)
     return float(np.exp(-unflat / _FLAT_TOLERANCE - blur / _EDGE_TOLERANCE))
 
 
 def measure(picture: np.ndarray) -> tuple[float, float, float] | None:
-    """Mean RGB distance of ground and of insides from flat, and mean mixed share of edge pixels; None: no objects."""
+    """Root mean square RGB distance of ground and of insides from flat, and mean gap of edges; None: no objects.
+
+    Cover is the share of an object in a pixel. A one-pixel edge rises from none to all of it within three pixels,
+    wherever it lies between them and however it is turned; what of that rise the 3x3 pixels around a mixed one lack is
+    its gap. Means of squares, not of distances: a faint ghost is a large error of few pixels.
+    """
     if not np.isfinite(picture).all():
         return None
     picture = picture.clip(-1, 2)  # worse than that is not told apart
@@ -65,9 +71,14 @@ def measure(picture: np.ndarray) -> tuple[float, float, float] | None:
     color = from_palette.argmin(-1)
     # the rim mixes object and ground, and may come near to a third colour: it belongs to the object inside of it
     rows, columns = ndimage.distance_transform_edt(np.logical_not(inner), return_distances=False, return_indices=True)  # pyright: ignore[reportGeneralTypeIssues]
-    color = color[rows, columns]
-    edge = np.logical_and(near, np.logical_not(inner))
-    own = np.take_along_axis(from_palette, color[..., None], -1)[..., 0][edge]
-    contrast = np.linalg.norm(_PALETTE - _GROUND, axis=-1)[color[edge]]
-    mixed = np.minimum(np.minimum(own, from_ground[edge]) / contrast, 1.0)
-    return float(from_ground[away].mean()), float(from_palette.min(-1)[inner].mean()), float(mixed.mean())
+    contrast = (_PALETTE - _GROUND)[color[rows, columns]]  # (h, w, 3)
+    cover = (((picture - _GROUND) * contrast).sum(-1) / (contrast**2).sum(-1)).clip(0, 1)  # (h, w)
+    low, high = _MIXED
+    crossed = near & np.logical_not(inner) & (cover > low) & (cover < high)
+    rise = ndimage.maximum_filter(cover, 3) - ndimage.minimum_filter(cover, 3)
+    gap = float(1 - rise[crossed].mean()) if crossed.any() else 0.0
+    return _rms(from_ground[away]), _rms(from_palette.min(-1)[inner]), gap
+
+
+def _rms(distances: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(distances**2)))
