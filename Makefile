@@ -11,8 +11,8 @@ help:  ## this list
 	@echo "blocktune: what each block of a diffusion transformer should do at each step"
 	@sed -n 's/^\([a-z]*\):.*##\(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
-search: $(STAMP)  ## search policies for the bundled reference model; results in runs/reference
-	$(BIN)/blocktune search
+search: $(STAMP)  ## search policies for the bundled reference model; results in runs/reference; goes on where it stopped
+	$(BIN)/blocktune search $(if $(wildcard runs/reference/config.yaml),--resume)
 
 test: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest

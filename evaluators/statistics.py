@@ -25,6 +25,11 @@ class Interval:
     level: float
     n: int
 
+    @property
+    def points(self) -> str:
+        """The difference in points, hundredths of the score: `+1.4 [-3.0, +5.8]`."""
+        return f"{100 * self.delta:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
 
 def paired_interval(
     policy_scores: ArrayLike,

@@ -33,9 +33,19 @@ def search(
 ) -> None:
     """Search policies, confirm the front on held-out prompts, export the picks."""
     from .config import load_config
+    from .run_directory import RunDirectory
 
     settings = load_config(config, set_ or [])
-    _search(settings, out or Path("runs") / settings.name, resume, confirm_only=False)
+    run = RunDirectory(out or Path("runs") / settings.name)
+    if resume and config is None and run.config.exists():
+        settings = load_config(run.config, set_ or [])
+    if run.finished(settings):
+        typer.echo(f"{run.path} holds this search, finished; nothing was left to do.\n")
+        _tell(run)
+        more = 2 * settings.search.trials
+        typer.echo(f"\nadd trials with --resume --set search.trials={more}, start anew with --out another/place")
+    else:
+        _search(settings, run.path, resume, confirm_only=False)
 
 
 @app.command()
@@ -51,8 +61,7 @@ def _search(config, path: Path, resume: bool, confirm_only: bool) -> None:
 
     again = f"blocktune search --resume --out {path}"
     run = _guarded(path, again, lambda: launch(config, path, resume, confirm_only))
-    _print_confirmed(run)
-    typer.echo(f"\nreport {run.report}\nfront {run.front}\npictures {run.compare}\npolicies {run.policies}")
+    _tell(run)
 
 
 @app.command()
@@ -95,37 +104,11 @@ def _guarded(path: Path, again: str, action: Callable[[], Any]) -> Any:
         _fail(f"{error}; what finished is saved, {go_on}", 1)
 
 
-def _print_confirmed(run) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _tell(run) -> None:
+    from .report import summary
 
-    from .confirm import load_confirmed
-    from .report import _points
-
-    record, confirmed = load_confirmed(run)
-    config = run.load_config()
-    table = Table(
-        title=f"{config.name}: held-out prompts, new seeds, against the unmodified model", title_justify="left"
-    )
-    for column in (
-        "candidate",
-        "steps",
-        "speed-up",
-        f"{config.objectives.alignment} (points)",
-        f"{config.objectives.quality} (points)",
-        "pick",
-    ):
-        table.add_column(column)
-    for c in sorted(confirmed, key=lambda c: c.speedup):
-        table.add_row(
-            c.name, str(c.steps), f"{c.speedup:.2f}x", _points(c.alignment), _points(c.quality), ", ".join(c.picks)
-        )
-    console = Console()
-    console.print(table)
-    if not any(c.picks for c in confirmed):
-        console.print(
-            f"Nothing beat the unmodified model within {100 * record['margin']:.1f} points: nothing is picked."
-        )
+    typer.echo(summary(run))
+    typer.echo(f"\nreport {run.report}\nfront {run.front}\npictures {run.compare}\npolicies {run.policies}")
 
 
 @app.command()
@@ -283,7 +266,6 @@ def evaluate(
     from .generation import embed
     from .generation import generate as pictures
     from .progress import Display
-    from .report import _points
 
     loaded = BlockPolicy.load(policy)
     chosen = _prompts(prompts, images)
@@ -303,7 +285,7 @@ def evaluate(
         )
         typer.echo(
             f"{scorer.name:<16} {result.value:.4f}  unmodified {result.baseline:.4f}  "
-            f"{_points(result)} points, n = {result.n}"
+            f"{result.points} points, n = {result.n}"
         )
 
 

@@ -43,7 +43,9 @@ class Prompts(_Section):
     )
     confirm: str = Field(default="reference", description="held-out prompts with other seeds, same format")
     search_images: PositiveInt = Field(default=96, description="the first so many of the search prompts are used")
-    confirm_images: PositiveInt = 288
+    confirm_images: PositiveInt = Field(
+        default=576, description="so many of the held-out prompts; intervals narrow with the root of their number"
+    )
 
 
 class Objectives(_Section):
@@ -62,7 +64,9 @@ class Space(_Section):
     reuse_from: tuple[float, ...] = Field(
         default=(0.2, 0.3, 0.4, 0.5, 0.6), description="where reuse may begin, a fraction of the run"
     )
-    operands: tuple[Literal["input", "key", "value", "logit"], ...] = Field(default=("key", "value", "logit"))
+    operands: tuple[Literal["input", "key", "value", "logit"], ...] = Field(
+        default=("key", "value", "logit"), description="where text may be scaled; not to scale it is always a choice"
+    )
     max_scale: float = Field(default=1.8, gt=1, description="text is scaled by 1 to this, on a log axis")
     text_until: tuple[float, ...] = Field(default=(0.3, 0.6, 1.0), description="where louder text may end")
     skip: bool = Field(default=True, description="also try to skip one block late in the run")
@@ -105,10 +109,11 @@ class Search(_Section):
 
 
 class Confirm(_Section):
-    candidates: PositiveInt = Field(default=6, description="front members measured again on held-out prompts")
+    candidates: PositiveInt = Field(default=5, description="front members measured again on held-out prompts")
     margin: PositiveFloat = Field(
-        default=0.015, description="how much alignment or quality a pick may lose at worst, by its interval"
+        default=0.015, description="how much alignment a pick may lose at worst, by its interval"
     )
+    quality_margin: PositiveFloat = Field(default=0.03, description="and how much quality")
     repeats: PositiveInt = Field(default=3, description="timed generations per candidate")
 
 
@@ -117,9 +122,11 @@ class Ray(_Section):
         default=None, description="a running cluster; one is started on this machine when not given"
     )
     workers: PositiveInt | None = Field(
-        default=None, description="as many as GPUs, or as CPUs / cpus_per_worker, when not given"
+        default=None, description="as many as GPUs, or as CPUs / cpus_per_worker but at most 8, when not given"
     )
-    cpus_per_worker: PositiveInt = 2
+    cpus_per_worker: PositiveInt = Field(
+        default=1, description="threads that share a picture wait for each other, and on a busy machine for others too"
+    )
     gpus_per_worker: float | None = Field(default=None, description="1 where the cluster has GPUs when not given")
 
 

@@ -3,8 +3,8 @@
 import json
 
 from ..evaluators import Interval, paired_interval
-from ..policies import BlockPolicy, Plan
-from .front import Confirmed, Point, held_out_name, hypervolume, pick, spread
+from ..policies import BlockPolicy
+from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, spread
 from .pool import Job
 from .study import Study, feasible, point_of
 from .worker import read_prompts
@@ -13,6 +13,7 @@ from .worker import read_prompts
 def confirm(study: Study) -> list[Confirmed]:
     """Measure the chosen front members and the anchors; write `confirmed.json` and the picks' policies.
 
+    The front is chosen by cautious estimates, since the best of many noisy means are mostly luck.
     Intervals are paired by prompt and seed, resampled by prompt, and widened for the number of candidates compared
     (Bonferroni). Timing runs on one worker while the others rest, each candidate in turn with the unmodified model.
     """
@@ -21,24 +22,25 @@ def confirm(study: Study) -> list[Confirmed]:
     trials = {t.user_attrs["key"]: t for t in reversed(feasible(study.study, anchors=True))}
     points = {key: point_of(t) for key, t in trials.items()}
     named = [p for p in points.values() if p.anchor and p.key != study.baseline.key]
-    front = [p for p in study.front() if not p.anchor]
-    chosen = [*named, *spread(front, study.baseline, config.confirm.candidates)]
+    front = non_dominated([study.cautious(t) for t in feasible(study.study)])
+    chosen = [*named, *spread([p for p in front if not p.anchor], study.baseline, config.confirm.candidates)]
     policies = {p.key: BlockPolicy.model_validate(trials[p.key].user_attrs["policy"]) for p in chosen}
     unmodified = BlockPolicy(name="unmodified", model=study.model, rules=())
     steps = config.generation.num_inference_steps
 
+    study.display.say(f"confirming {len(chosen)} candidates on {len(prompts)} held-out pictures each")
     study.display.stage("confirm", len(chosen) + 1)
     if not (run.scores / "confirm-unmodified.parquet").exists():
         (job,) = pool.run([Job("measure", (unmodified, steps, "confirm", None))])
         run.write_images("confirm-unmodified", job.result.images)
         run.write_scores("confirm-unmodified", prompts, job.result.scores)
-    study.display.advance()
+    study.display.advance("unmodified")
     reference = pool.put(run.read_images("confirm-unmodified"))
 
     def keep(job: Job) -> None:
         run.write_scores(held_out_name(job.tag), prompts, job.result.scores)
         run.write_images(held_out_name(job.tag), job.result.images[:48])
-        study.display.advance()
+        study.display.advance(job.tag.name)
 
     missing = [p for p in chosen if not (run.scores / f"{held_out_name(p)}.parquet").exists()]
     pool.run([Job("measure", (policies[p.key], p.steps, "confirm", reference), p) for p in missing], keep)
@@ -62,11 +64,11 @@ def confirm(study: Study) -> list[Confirmed]:
             quality=interval(p, config.objectives.quality),
             reported={name: interval(p, name) for name in config.objectives.reported},
             seconds=s, speedup=base_seconds / s,
-            predicted_speedup=study.costs.predict(Plan.compile(unmodified, steps).kinds) / p.latency,
+            predicted_speedup=study.costs.predict_policy(unmodified, steps) / p.latency,
         )
         for p, s in zip(chosen, seconds, strict=True)
     ]  # fmt: skip
-    picks = pick(confirmed, config.confirm.margin)
+    picks = pick(confirmed, config.confirm.margin, config.confirm.quality_margin)
     for name, member in picks.items():
         member.picks.append(name)
     for stale in run.policies.glob("*.json"):
@@ -80,6 +82,7 @@ def confirm(study: Study) -> list[Confirmed]:
         "baseline": baseline,
         "level": level,
         "margin": config.confirm.margin,
+        "quality_margin": config.confirm.quality_margin,
         "confirmed": [c.to_dict() for c in confirmed],
     }
     run.write_json(run.confirmed, record)

@@ -44,9 +44,9 @@ class Confirmed:
     predicted_speedup: float
     picks: list[str] = field(default_factory=list)
 
-    def holds(self, margin: float) -> bool:
-        """Whether neither alignment nor quality loses more than `margin`, by the lower ends of their intervals."""
-        return self.alignment.low >= -margin and self.quality.low >= -margin
+    def holds(self, margin: float, quality_margin: float) -> bool:
+        """Whether neither alignment nor quality loses more than its margin, by the lower ends of their intervals."""
+        return self.alignment.low >= -margin and self.quality.low >= -quality_margin
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,7 +99,7 @@ def spread(front: list[Point], baseline: Point, count: int) -> list[Point]:
     return sorted(chosen, key=lambda p: p.latency)
 
 
-def pick(confirmed: list[Confirmed], margin: float) -> dict[str, Confirmed]:
+def pick(confirmed: list[Confirmed], margin: float, quality_margin: float) -> dict[str, Confirmed]:
     """`quality`, `balanced` and `fast` among what held; a name is missing where nothing earned it.
 
     Only policies that change something count, and none that some held anchor beats on alignment and measured speed.
@@ -111,7 +111,7 @@ def pick(confirmed: list[Confirmed], margin: float) -> dict[str, Confirmed]:
         c
         for c in confirmed
         if c.rules
-        and c.holds(margin)
+        and c.holds(margin, quality_margin)
         and not any(a.speedup >= c.speedup and a.alignment.delta >= c.alignment.delta for a in anchors)
     ]
     picks: dict[str, Confirmed] = {}

@@ -38,7 +38,8 @@ def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunD
             tracker = Tracker(
                 uri, config.mlflow.experiment, path / "artifacts", config.name, state.get("mlflow_run_id")
             )
-            run.write_json(run.state, {"dtype": described.dtype, "mlflow_run_id": tracker.run_id})
+            state = {"dtype": described.dtype, "mlflow_run_id": tracker.run_id}
+            run.write_json(run.state, state)
             tags = {"fingerprint": described.model.fingerprint, "device": described.device, "dtype": described.dtype}
             tracker.describe(_flat(config.model_dump(mode="json")), tags | described.versions)
             study = Study(config, run, pool, tracker, display)
@@ -60,6 +61,8 @@ def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunD
             }
             write_report(run, facts)
             tracker.finish("FINISHED", [run.front, run.compare, run.report, run.confirmed, run.config])
+            if study.finished() >= config.search.trials:
+                run.write_json(run.state, state | {"finished": config.model_dump(mode="json")})
         except KeyboardInterrupt:
             if tracker:
                 tracker.finish("KILLED", [])
@@ -67,6 +70,7 @@ def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunD
         finally:
             if pool:
                 pool.close()
+            run.release()
     return run
 
 

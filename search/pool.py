@@ -14,6 +14,7 @@ import ray.exceptions
 from .config import Config, ConfigError
 from .worker import Description, Worker
 
+MOST_ON_CPUS = 8  # each holds a pipeline in memory
 RETRIES = 1  # a job whose worker died is tried once more
 
 
@@ -63,7 +64,7 @@ class Pool:
             gpus = 1.0 if resources.get("GPU", 0) else 0.0
         cpus = min(self.config.ray.cpus_per_worker, int(resources.get("CPU", 1)))
         room = int(resources["GPU"] / gpus) if gpus else int(resources.get("CPU", 1) // cpus)
-        count = self.config.ray.workers or max(1, room)
+        count = self.config.ray.workers or max(1, room if gpus else min(room, MOST_ON_CPUS))
         if count > room:
             raise ConfigError(
                 f"ray.workers is {count}; the cluster has room for {room} (cpus_per_worker {cpus}, GPUs {gpus:g} each)."

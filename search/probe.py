@@ -174,7 +174,7 @@ class Probe:
             prompts = self.prompts[part.split][: part.images]
             self.run.write_scores(self._name(part), prompts, job.result.scores)
             self.made += len(job.result.images)
-            self.display.advance()
+            self.display.advance(f"{part.effect} {list(part.blocks)}")
 
         missing = [p for p in parts if not (self.run.scores / f"{self._name(p)}.parquet").exists()]
         jobs = []
@@ -297,6 +297,7 @@ def launch_probe(config: Config, path: Path) -> RunDirectory:
             draw(table, probe.model.num_blocks, run.path / "probe.png")
         finally:
             pool.close()
+            run.release()
     return run
 
 

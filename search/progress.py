@@ -31,28 +31,34 @@ class Display:
 
     def stage(self, name: str, total: int) -> None:
         self._task = self._bar.add_task(name, total=total, note="")
-        self.say(f"{name}: {total} to measure")
 
-    def advance(self) -> None:
-        if self._task is not None:
-            self._bar.advance(self._task)
+    def advance(self, note: str) -> None:
+        """One more of the stage is done; `note` says which."""
+        if self._task is None:
+            return
+        self._bar.update(self._task, advance=1, note=note)
+        if not self.console.is_terminal:
+            task = self._bar.tasks[self._task]
+            self.say(f"{task.description} {task.completed:.0f}/{task.total:.0f}  {note}")
 
     def tick(self) -> None:
         self._bar.refresh()
 
     def trials(self, done: int, total: int, standing: dict[str, float], images: int, seconds: float) -> None:
+        """How the search stands; on a terminal after every trial, else after every tenth of them."""
         self._images, self._seconds = self._images + images, self._seconds + seconds
         if self._task is None:
             self._task = self._bar.add_task("search", total=total, note="")
         note = ""
         if standing:
             note = (
-                f"alignment {standing['best_alignment']:.3f}  quality {standing['best_quality']:.3f}  "
-                f"speed {standing['best_speedup']:.2f}x  "
-                f"hypervolume {standing['hypervolume']:.2f}  failed {standing['failed']:.0f}"
+                f"best alignment {standing['best_alignment']:.3f}, quality {standing['best_quality']:.3f}, "
+                f"speed-up {standing['best_speedup']:.2f}x  hypervolume {standing['hypervolume']:.2f}"
             )
+            if standing["failed"]:
+                note += f"  failed {standing['failed']:.0f}"
             if self._seconds:
                 note += f"  {self._images / self._seconds:.0f} images/s"
         self._bar.update(self._task, completed=done, note=note)
-        if not self.console.is_terminal and standing:
-            self.say(f"{done}/{total} trials  {note}")
+        if not self.console.is_terminal and standing and (done % max(1, total // 10) == 0 or done == total):
+            self.say(f"search {done}/{total}  {note}")

@@ -1,5 +1,6 @@
 """The folder of a run: what lies where, and how it is written so that a kill at any moment leaves it whole."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -22,17 +23,20 @@ class RunDirectory:
         self.scores, self.policies, self.images = path / "scores", path / "policies", path / "images"
         self.front, self.compare, self.report = path / "front.png", path / "compare.png", path / "report.md"
         self.confirmed = path / "confirmed.json"
+        self._lock: int | None = None
 
     @classmethod
     def open(cls, path: Path, config: Config, resume: bool) -> "RunDirectory":
-        """Create the folder, or find the one to resume. ConfigError for one that is in use, missing or not writable."""
+        """Create the folder, or find the one to resume, and hold it until `release` or the end of this process.
+
+        ConfigError for a folder that holds another run, or none to resume, that another process holds, or that cannot
+        be written.
+        """
         run = cls(path)
         if resume and not run.config.exists():
             raise ConfigError(f"{path} holds no run to resume; start one without --resume.")
         if not resume and run.config.exists():
-            raise ConfigError(
-                f"{path} already holds a run; continue it with --resume, or choose another --out or name."
-            )
+            raise ConfigError(f"{path} already holds a run; go on with --resume, or start another with --out or name.")
         try:
             for folder in (run.scores, run.policies, run.images):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -43,10 +47,27 @@ class RunDirectory:
                         raise ConfigError(
                             f"{section} differs from the run in {path}; resume with the same, or start another run."
                         )
+            run._hold()
             run.write_text(run.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
         return run
+
+    def _hold(self) -> None:
+        """Two searches in one folder would take each other's trials for those of a dead one. A kill frees the lock."""
+        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ConfigError(
+                f"{self.path} is in use by another search; wait for it, or choose another --out."
+            ) from None
+
+    def release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @classmethod
     def existing(cls, path: Path) -> "RunDirectory":
@@ -56,6 +77,10 @@ class RunDirectory:
 
     def load_config(self) -> Config:
         return Config.model_validate(yaml.safe_load(self.config.read_text("utf-8")))
+
+    def finished(self, config: Config) -> bool:
+        """Whether this very search, with the same budget, has come to its end here."""
+        return self.read_state().get("finished") == config.model_dump(mode="json")
 
     def write_text(self, path: Path, text: str) -> None:
         beside = path.with_name(path.name + ".new")

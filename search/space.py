@@ -10,6 +10,11 @@ from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from ..policies.policy import ModelIdentity
 from .config import Config, Space
 
+# Doing nothing is a choice of its own: were it left to scales near 1, or one block among many, hardly any proposal
+# would leave the text and every block alone.
+QUIET = "none"  # operand
+NEVER = 1.0  # skip_from
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -41,7 +46,7 @@ def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distribut
     categorical, real = optuna.distributions.CategoricalDistribution, optuna.distributions.FloatDistribution
     space = config.space
     choices: dict[str, optuna.distributions.BaseDistribution] = {
-        "operand": categorical(space.operands),
+        "operand": categorical((QUIET, *space.operands)),
         "text_until": categorical(space.text_until),
         "reuse_from": categorical(space.reuse_from),
     }
@@ -51,8 +56,8 @@ def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distribut
         choices[f"scale_{i}"] = real(1.0, space.max_scale, log=True)
         choices[f"reuse_{i}"] = categorical((1, *space.reuse_every))
     if space.skip:
-        choices["skip"] = categorical((-1, *range(num_blocks)))
-        choices["skip_from"] = categorical((0.25, 0.5, 0.75))
+        choices["skip"] = categorical(tuple(range(num_blocks)))
+        choices["skip_from"] = categorical((0.25, 0.5, 0.75, NEVER))
     return choices
 
 
@@ -69,20 +74,20 @@ def suggest(trial: optuna.Trial, space: dict[str, optuna.distributions.BaseDistr
 
 def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name: str) -> Candidate:
     """The policy that `params` spell. A scale within 2 % of 1 is no action; a skipped block does nothing else."""
-    skipped = params.get("skip", -1)
+    skipped = params["skip"] if params.get("skip_from", NEVER) < NEVER else None
     rules = []
     for i, blocks in enumerate(bands(config.space, model.num_blocks)):
         acting = tuple(block for block in blocks if block != skipped)
         if not acting:
             continue
         scale = round(params[f"scale_{i}"], 3)
-        if scale > 1.02:
+        if params["operand"] != QUIET and scale > 1.02:
             action = ScaleText(operand=params["operand"], scale=scale)
             rules.append(Rule(blocks=acting, window=(0.0, params["text_until"]), action=action))
         if params[f"reuse_{i}"] > 1:
             action = Reuse(every=params[f"reuse_{i}"])
             rules.append(Rule(blocks=acting, window=(params["reuse_from"], 1.0), action=action))
-    if skipped >= 0:
+    if skipped is not None:
         rules.append(Rule(blocks=(skipped,), window=(params["skip_from"], 1.0), action=Skip()))
     steps = params.get("steps", config.generation.num_inference_steps)
     return Candidate(BlockPolicy(name=name, model=model, rules=tuple(rules)), steps)
@@ -95,11 +100,11 @@ def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
     """
     space = config.space
     count = len(bands(space, num_blocks))
-    plain: dict[str, Any] = {"operand": space.operands[0], "text_until": space.text_until[-1]}
+    plain: dict[str, Any] = {"operand": QUIET, "text_until": space.text_until[-1]}
     plain |= {"reuse_from": space.reuse_from[len(space.reuse_from) // 2]}
     plain |= {f"scale_{i}": 1.0 for i in range(count)} | {f"reuse_{i}": 1 for i in range(count)}
     if space.skip:
-        plain |= {"skip": -1, "skip_from": 0.5}
+        plain |= {"skip": 0, "skip_from": NEVER}
     plain |= {"steps": config.generation.num_inference_steps}
     points = {"unmodified": plain}
     points |= {f"{steps} steps": plain | {"steps": steps} for steps in space.anchor_steps}

@@ -1,10 +1,12 @@
 """The search: Optuna proposes in this process, workers measure, and what is finished survives any kill.
 
-A trial's scores are written before Optuna is told, so a trial is either finished whole or, on resume, run again.
+A trial has its scores and attributes written before MLflow and Optuna are told, its `metrics` or `reason` last: on
+resume, one that has them is told again, any other is run again.
 """
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import optuna
 from optuna.trial import TrialState
 
 from ..evaluators import CostTable, get
-from ..policies import Plan
+from ..policies import BlockPolicy
 from .config import Config, ConfigError
 from .front import Point, hypervolume, non_dominated
 from .pool import Job, Pool
@@ -113,7 +115,7 @@ class Study:
 
     def _latency(self, chosen: Candidate) -> float:
         """Predicted seconds of a batch: noise of timing would mislead the sampler; confirm times for real."""
-        return self.costs.predict(Plan.compile(chosen.policy, chosen.steps).kinds)
+        return self.costs.predict_policy(chosen.policy, chosen.steps)
 
     def _open(self) -> None:
         """Create the Optuna study or take it up again: a stored one must be of the same search, its zombies re-run."""
@@ -130,9 +132,9 @@ class Study:
                 "the stored study is of another model, space or objective; resume with the same, or start another run."
             )
         self.study.set_user_attr("fingerprint", fingerprint)
-        self.study.set_user_attr(
-            "description", {"device": self.pool.description.device, "dtype": self.pool.description.dtype}
-        )
+        described = self.pool.description
+        on = {"device": described.device, "dtype": described.dtype, "workers": self.pool.size}
+        self.study.set_user_attr("description", on | {"versions": described.versions})
         trials = self.study.get_trials(deepcopy=False)
         self.study.sampler = _sampler(self.config, self.config.search.seed + len(trials))
         enqueued = {t.user_attrs.get("anchor") for t in trials}
@@ -142,13 +144,17 @@ class Study:
                 self.study.enqueue_trial(inside, user_attrs={"anchor": name})
         retried = {t.user_attrs.get("retry_of") for t in trials}
         for zombie in trials:
-            if zombie.state == TrialState.RUNNING:
-                # one with a reason had failed by itself, and one with a retry was met by a resume that was killed
-                if "reason" not in zombie.user_attrs and zombie.number not in retried:
-                    again = {k: v for k, v in zombie.user_attrs.items() if k == "anchor"} | {"retry_of": zombie.number}
-                    self.study.enqueue_trial(zombie.params, user_attrs=again)
-                self.study.tell(zombie.number, state=TrialState.FAIL)
-        self._known: dict[str, optuna.trial.FrozenTrial] = {t.user_attrs["key"]: t for t in feasible(self.study)}
+            if zombie.state != TrialState.RUNNING:
+                continue
+            if "metrics" in zombie.user_attrs or "reason" in zombie.user_attrs:
+                self._close(zombie)
+                continue
+            if zombie.number not in retried:  # one with a retry was met by a resume that was killed itself
+                again = {k: v for k, v in zombie.user_attrs.items() if k == "anchor"} | {"retry_of": zombie.number}
+                self.study.enqueue_trial(zombie.params, user_attrs=again)
+            self.study.tell(zombie.number, state=TrialState.FAIL)
+        # of equal ones the first: it was measured, the others stand on it
+        self._known = {t.user_attrs["key"]: t for t in reversed(feasible(self.study))}
 
     def finished(self) -> int:
         """Trials that count: complete, or failed for a reason of their own and not by a kill."""
@@ -190,19 +196,33 @@ class Study:
     def _tell_known(self, trial: optuna.Trial, chosen: Candidate) -> None:
         """The same behaviour spelled otherwise is one policy: its scores stand."""
         known = self._known[chosen.key]
-        self._attributes(trial, chosen, known.user_attrs["metrics"] | {"seconds": 0.0})
         trial.set_user_attr("same_as", known.number)
         trial.set_constraint("insane_pictures", known.constraints["insane_pictures"])
-        self.tracker.trial(trial.number, trial.params, known.user_attrs["metrics"], chosen.policy, None)
-        self.study.tell(trial, known.values)
+        unspent = {"generate_seconds": 0.0, "score_seconds": 0.0}
+        self._attributes(trial, chosen, metrics=known.user_attrs["metrics"] | unspent)
+        self._close(trial)
         self._after(trial.number, chosen, 0, 0.0)
 
     @staticmethod
-    def _attributes(trial: optuna.Trial, chosen: Candidate, metrics: dict[str, float]) -> None:
-        attributes = {"key": chosen.key, "steps": chosen.steps, "metrics": metrics}
-        attributes["policy"] = chosen.policy.model_dump(mode="json", exclude_none=True)
-        for name, value in attributes.items():
+    def _attributes(trial: optuna.Trial, chosen: Candidate, **outcome: Any) -> None:
+        """What the trial measured, and last its `metrics` or the `reason` it failed for: with that it is whole."""
+        for name, value in {"key": chosen.key, "steps": chosen.steps}.items():
             trial.set_user_attr(name, value)
+        trial.set_user_attr("policy", chosen.policy.model_dump(mode="json", exclude_none=True))
+        for name, value in outcome.items():
+            trial.set_user_attr(name, value)
+
+    def _close(self, trial: optuna.Trial | optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+        """Tell MLflow, then Optuna, what the attributes of `trial` say; after a kill in between, both again."""
+        told = trial.user_attrs
+        policy, metrics, reason = BlockPolicy.model_validate(told["policy"]), told.get("metrics"), told.get("reason")
+        self.tracker.trial(trial.number, trial.params, metrics or {}, policy, reason)
+        if metrics is None:
+            return self.study.tell(trial.number, state=TrialState.FAIL)
+        objectives = self.config.objectives
+        return self.study.tell(
+            trial.number, [metrics[objectives.alignment], metrics[objectives.quality], metrics["latency"]]
+        )
 
     def _tell(self, job: Job) -> None:
         trial, chosen = job.tag
@@ -212,25 +232,25 @@ class Study:
             broken = [name for name, values in measured.scores.items() if not np.isfinite(values).all()]
             reason = f"{', '.join(broken)} gave scores that are not finite" if broken else None
         if reason or measured is None:
-            trial.set_user_attr("reason", reason)
-            trial.set_user_attr("policy", chosen.policy.model_dump(mode="json", exclude_none=True))
-            self.tracker.trial(trial.number, trial.params, {}, chosen.policy, reason)
-            self.study.tell(trial, state=TrialState.FAIL)
+            self._attributes(trial, chosen, reason=reason)
+            self._close(trial)
             self.display.say(f"trial {trial.number} failed: {reason}")
             self._after(trial.number, chosen, 0, 0.0)
             return
         means = {name: float(values.mean()) for name, values in measured.scores.items()}
         latency = self._latency(chosen)
-        seconds = measured.generate_seconds + measured.score_seconds
-        metrics = means | {"latency": latency, "speedup": self.baseline.latency / latency, "seconds": seconds}
+        metrics = means | {
+            "latency": latency,
+            "speedup": self.baseline.latency / latency,
+            "generate_seconds": measured.generate_seconds,
+            "score_seconds": measured.score_seconds,
+        }
         self.run.write_scores(f"trial-{trial.number:04d}", self.prompts, measured.scores)
-        self._attributes(trial, chosen, metrics)
         before = self.run.read_scores("unmodified")["sane"].to_numpy()
         insane = float((measured.scores["sane"] < 1).sum() - (before < 1).sum())
         trial.set_constraint("insane_pictures", insane)
-        self.tracker.trial(trial.number, trial.params, metrics, chosen.policy, None)
-        objectives = self.config.objectives
-        frozen = self.study.tell(trial, [means[objectives.alignment], means[objectives.quality], latency])
+        self._attributes(trial, chosen, metrics=metrics)
+        frozen = self._close(trial)
         if insane <= 0:
             self._known[chosen.key] = frozen
         self._after(trial.number, chosen, len(measured.images), measured.generate_seconds)
@@ -256,3 +276,11 @@ class Study:
     def front(self) -> list[Point]:
         """Non-dominated feasible trials, fastest first."""
         return non_dominated([point_of(t) for t in feasible(self.study)])
+
+    def cautious(self, trial: optuna.trial.FrozenTrial) -> Point:
+        """A trial's point with alignment and quality lower by the standard error of what they differ from baseline."""
+        point, objectives = point_of(trial), self.config.objectives
+        number = trial.user_attrs.get("same_as", trial.number)
+        after, before = self.run.read_scores(f"trial-{number:04d}"), self.run.read_scores("unmodified")
+        alignment, quality = ((after[name] - before[name]).sem() for name in (objectives.alignment, objectives.quality))
+        return replace(point, alignment=point.alignment - alignment, quality=point.quality - quality)

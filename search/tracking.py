@@ -32,6 +32,9 @@ class Tracker:
         if not self.run_id:
             run = self._client.create_run(self._experiment, run_name=name, tags={"blocktune.kind": "search"})
             self.run_id = run.info.run_id
+        query = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
+        children = self._client.search_runs([self._experiment], query, max_results=50_000)
+        self._children = {int(child.data.tags["trial"]): child.info.run_id for child in children}
 
     def _attempt(self, action: Callable[[], None]) -> None:
         if not self._alive:
@@ -59,7 +62,7 @@ class Tracker:
         policy: BlockPolicy | None,
         reason: str | None,
     ) -> None:
-        """A finished trial as a child run; with a `reason` it failed."""
+        """A finished trial as a child run, the one it has where it was told before; with a `reason` it failed."""
 
         def write() -> None:
             from mlflow.entities import Metric, Param
@@ -69,9 +72,10 @@ class Tracker:
                 tags["policy_digest"] = policy.digest
             if reason:
                 tags["reason"] = reason
-            run = self._client.create_run(self._experiment, run_name=f"trial-{number:04d}", tags=tags).info.run_id
-            self._children[number] = run
-            stamp = 0
+            if number not in self._children:
+                made = self._client.create_run(self._experiment, run_name=f"trial-{number:04d}", tags=tags)
+                self._children[number] = made.info.run_id
+            run, stamp = self._children[number], 0
             self._client.log_batch(
                 run,
                 metrics=[Metric(k, v, stamp, 0) for k, v in metrics.items()],
@@ -96,10 +100,8 @@ class Tracker:
         """Mark a trial of the front and attach its pictures."""
 
         def write() -> None:
-            query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.trial = '{number}'"
-            run = self._children.get(number) or self._client.search_runs([self._experiment], query)[0].info.run_id
-            self._client.set_tag(run, "front", "true")
-            self._client.log_artifact(run, str(grid))
+            self._client.set_tag(self._children[number], "front", "true")
+            self._client.log_artifact(self._children[number], str(grid))
 
         self._attempt(write)
 

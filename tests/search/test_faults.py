@@ -1,10 +1,12 @@
 """Kills, dying workers, broken evaluators, full disks: what is finished stays, and the search goes on or says why."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -60,7 +62,7 @@ def run(world: Any) -> Path:
 def interrupted(world: Any, run: Path) -> dict[int, Any]:
     driver = world.start("search", world.config, "--out", run)
     log = world.folder / "stderr.txt"
-    until(lambda: f"1/{TRIALS} trials" in log.read_text() or driver.poll() is not None, 120, "a trial")
+    until(lambda: f"search 1/{TRIALS}" in log.read_text() or driver.poll() is not None, 120, "a trial")
     driver.send_signal(signal.SIGINT)
     assert driver.wait(60) == 130, (world.folder / "stderr.txt").read_text()
     told = (world.folder / "stderr.txt").read_text()
@@ -178,9 +180,68 @@ def test_resume_with_another_model_under_the_same_path_is_refused(
     assert "is of another model, space or objective" in sentence(done.stderr)
 
 
-def test_a_new_search_over_a_run_is_refused(world: Any, run: Path, ended: list[FrozenTrial]) -> None:
-    done = world.run("search", world.config, "--out", run, code=2)
+def test_another_search_over_a_run_is_refused(world: Any, run: Path, ended: list[FrozenTrial]) -> None:
+    done = world.run("search", world.config, "--out", run, "--set", "space.bands=2", code=2)
     assert "already holds a run" in sentence(done.stderr)
+
+
+@pytest.mark.parametrize("call", [["--resume"], ["CONFIG"], ["CONFIG", "--resume"]])
+def test_the_same_search_again_tells_what_is_there(
+    world: Any, run: Path, ended: list[FrozenTrial], call: list[str]
+) -> None:
+    """Nothing is measured again; a resume finds its config in the run."""
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    told = world.run("search", *[world.config if a == "CONFIG" else a for a in call], "--out", run).stdout
+    assert told.startswith(f"{run} holds this search, finished")
+    assert "late reuse 4" in told
+    assert "--resume --set search.trials=" in told
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_two_searches_in_one_folder_are_refused(world: Any, run: Path, ended: list[FrozenTrial]) -> None:
+    with (run / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = world.run("search", "--resume", "--out", run, "--set", f"search.trials={TRIALS + 1}", code=2)
+    assert "is in use by another search" in sentence(done.stderr)
+
+
+# The command line, killed when Optuna is about to be told of trial 1, which MLflow already knows.
+KILLED_BEFORE_TELL = """
+import os, signal
+import optuna
+from blocktune.search.cli import main
+
+tell = optuna.Study.tell
+def told(study, trial, *args, **kwargs):
+    if trial == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tell(study, trial, *args, **kwargs)
+optuna.Study.tell = told
+main()
+"""
+
+
+def test_a_trial_between_mlflow_and_optuna_is_told_again_and_not_measured_again(
+    new_world: Callable[..., Any],
+) -> None:
+    world = new_world(trials=3)
+    run = world.folder / "run"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_BEFORE_TELL, "search", str(world.config), "--out", str(run)],
+        cwd=world.cwd, env=world.environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert trials_of(run)[1].state == TrialState.RUNNING
+    until(lambda: not world.processes(), 60, "Ray's processes end with the driver")
+    measured = (run / "scores" / "trial-0001.parquet").stat().st_mtime_ns
+    world.run("search", "--resume", "--out", run)
+    assert [t.state for t in trials_of(run)] == [TrialState.COMPLETE] * 3
+    assert (run / "scores" / "trial-0001.parquet").stat().st_mtime_ns == measured
+    with sqlite3.connect(run / "mlflow.db") as database:
+        children = database.execute(
+            "select n.value, r.status from runs r join tags n on n.run_uuid = r.run_uuid and n.key = 'trial'"
+        ).fetchall()
+    assert sorted(children) == [(str(number), "FINISHED") for number in range(3)]
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(new_world: Callable[..., Any]) -> None:

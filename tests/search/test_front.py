@@ -6,6 +6,8 @@ from blocktune.search.front import Confirmed, Point, hypervolume, non_dominated,
 from hypothesis import given
 from hypothesis import strategies as st
 
+MARGINS = (0.015, 0.02)  # of alignment, of quality
+
 BASE = Point("unmodified", 0.5, 0.5, 1.0, key="base")
 grid = st.integers(0, 4)
 points = st.lists(st.tuples(grid, grid, grid), max_size=8).map(
@@ -66,29 +68,29 @@ def member(
 
 
 def test_nothing_is_picked_where_nothing_held() -> None:
-    assert pick([], 0.015) == {}
-    assert pick([member("worse", 2.0, -0.05), member("blurred", 2.0, 0.05, quality=-0.03)], 0.015) == {}
-    assert pick([member("unsure", 2.0, 0.0, half=0.02)], 0.015) == {}
+    assert pick([], *MARGINS) == {}
+    assert pick([member("worse", 2.0, -0.05), member("blurred", 2.0, 0.05, quality=-0.03)], *MARGINS) == {}
+    assert pick([member("unsure", 2.0, 0.0, half=0.02)], *MARGINS) == {}
 
 
 def test_nothing_is_picked_where_fewer_steps_are_as_good() -> None:
     steps = member("14 steps", 1.5, 0.01, rules=0, anchor=True)
-    assert pick([steps, member("slow", 1.4, 0.0)], 0.015) == {}
-    assert pick([steps], 0.015) == {}
-    assert set(pick([steps, member("faster", 1.6, 0.0)], 0.015)) == {"balanced", "fast"}
+    assert pick([steps, member("slow", 1.4, 0.0)], *MARGINS) == {}
+    assert pick([steps], *MARGINS) == {}
+    assert set(pick([steps, member("faster", 1.6, 0.0)], *MARGINS)) == {"balanced", "fast"}
 
 
 def test_an_anchor_with_rules_may_itself_be_picked() -> None:
-    assert pick([member("late reuse 3", 1.4, 0.0, anchor=True)], 0.015)["fast"].name == "late reuse 3"
+    assert pick([member("late reuse 3", 1.4, 0.0, anchor=True)], *MARGINS)["fast"].name == "late reuse 3"
 
 
 def test_each_pick_is_the_best_at_what_it_is_called() -> None:
     louder, middle, quick = member("louder", 0.95, 0.10), member("middle", 1.4, 0.06), member("quick", 1.8, -0.005)
-    assert pick([quick, middle, louder], 0.015) == {"quality": louder, "balanced": middle, "fast": quick}
+    assert pick([quick, middle, louder], *MARGINS) == {"quality": louder, "balanced": middle, "fast": quick}
 
 
 def test_a_slower_candidate_is_never_fast_or_balanced() -> None:
-    assert set(pick([member("louder", 0.9, 0.1)], 0.015)) == {"quality"}
+    assert set(pick([member("louder", 0.9, 0.1)], *MARGINS)) == {"quality"}
 
 
 def test_confirmed_goes_through_json_unchanged() -> None:

@@ -8,7 +8,7 @@ import pytest
 from blocktune.policies import Plan
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Config, Generation, Space
-from blocktune.search.space import anchors, bands, candidate, distributions
+from blocktune.search.space import NEVER, QUIET, anchors, bands, candidate, distributions
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,7 +45,7 @@ def test_every_proposal_is_a_policy_that_plans(model: ModelIdentity, drawn: tupl
     assert len(kinds) == chosen.steps == values.get("steps", 20)
     assert {len(row) for row in kinds} == {12}
     skipped = {i for row in kinds for i, kind in enumerate(row) if kind == "skip"}
-    assert skipped <= {values.get("skip", -1)}
+    assert skipped == ({values["skip"]} if values.get("skip_from", NEVER) < NEVER else set())
     if all(values[f"reuse_{i}"] == 1 for i in range(len(bands(config.space, 12)))):
         assert "reuse" not in {kind for row in kinds for kind in row}
 
@@ -56,11 +56,10 @@ def test_choices_without_effect_do_not_change_the_key(
 ) -> None:
     config, values = drawn
     count = len(bands(config.space, 12))
-    silent = values | {f"scale_{i}": 1.0 for i in range(count)} | {f"reuse_{i}": 1 for i in range(count)}
-    if config.space.skip:
-        silent["skip"] = -1
+    silent = values | {f"reuse_{i}": 1 for i in range(count)} | {"skip_from": NEVER}
     plain = anchors(config, 12)["unmodified"] | {"steps": values.get("steps", 20)}
-    assert candidate(silent, config, model, "a").key == candidate(plain, config, model, "b").key
+    for quiet in ({"operand": QUIET}, {f"scale_{i}": 1.0 for i in range(count)}):
+        assert candidate(silent | quiet, config, model, "a").key == candidate(plain, config, model, "b").key
 
 
 def test_other_steps_or_actions_change_the_key(model: ModelIdentity) -> None:
