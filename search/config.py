@@ -113,7 +113,9 @@ class Confirm(_Section):
     margin: PositiveFloat = Field(
         default=0.015, description="how much alignment a pick may lose at worst, by its interval"
     )
-    quality_margin: PositiveFloat = Field(default=0.03, description="and how much quality")
+    quality_margin: PositiveFloat = Field(
+        default=0.03, description="and how much quality; noise of one grey level costs 8 points of `crispness`"
+    )
     repeats: PositiveInt = Field(default=3, description="timed generations per candidate")
 
 

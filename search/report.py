@@ -154,8 +154,8 @@ def summary(run: RunDirectory) -> str:
         lines += [
             "",
             f"Points against the unmodified model on {count} held-out pictures, intervals 95 % for all together;",
-            f"speed as timed. Held: by their intervals, {objectives.alignment} can have lost at most {lost:.1f} points,",
-            f"{objectives.quality} {blurred:.1f}.",
+            f"speed as timed. Held: by their intervals, {objectives.alignment} can have lost at most {lost:.1f} points",
+            f"and {objectives.quality} {blurred:.1f}.",
         ]
     if not any(c.picks for c in confirmed):
         lines.append("Nothing that held was better or faster than the unmodified model: nothing is picked.")
