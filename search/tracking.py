@@ -47,8 +47,13 @@ class Tracker:
 
     def describe(self, params: dict[str, Any], tags: dict[str, str]) -> None:
         def write() -> None:
+            known = self._client.get_run(self.run_id).data.params
             for key, value in params.items():
-                self._client.log_param(self.run_id, key, str(value)[:6000])
+                told = str(value)[:6000]
+                if key not in known:
+                    self._client.log_param(self.run_id, key, told)
+                elif known[key] != told:  # a resume may have another budget, and MLflow keeps parameters as they were
+                    self._client.set_tag(self.run_id, f"resumed.{key}", told)
             for key, value in tags.items():
                 self._client.set_tag(self.run_id, key, value[:8000])
 
