@@ -160,12 +160,13 @@ def minimum_detectable_difference(n: int, spread: float, level: float = 0.95, po
             raise ValueError(f"{field} is {value}; accepted: between 0 and 1")
     if power <= (1 - level) / 2:
         raise ValueError(f"power is {power}; accepted: more than {(1 - level) / 2:g}, which no difference at all has")
-    critical = t.ppf((1 + level) / 2, n - 1)
+    critical = float(t.ppf((1 + level) / 2, n - 1))
 
     def missing(shift: float) -> float:  # shift: the difference in standard errors
-        return nct.sf(critical, n - 1, shift) - power
+        return float(nct.sf(critical, n - 1, shift)) - power
 
     upper = critical + 1.0
     while missing(upper) < 0:
         upper *= 2
-    return float(brentq(missing, 0, upper) * spread / np.sqrt(n))
+    shift = brentq(missing, 0, upper)
+    return float(shift * spread / np.sqrt(n))  # pyright: ignore[reportOperatorIssue]
