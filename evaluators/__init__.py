@@ -5,6 +5,7 @@
 
 from .evaluator import Evaluator, as_array
 from .latency import CostTable, measure_cost_table, time_runs
+from .prompt_sets import read_prompt_set
 from .prompts import Prompt, load_prompts, prompts_digest
 from .registry import UnknownEvaluator, get, names, register
 from .statistics import Interval, holm, mcnemar, minimum_detectable_difference, paired_interval
@@ -25,6 +26,7 @@ __all__ = [
     "names",
     "paired_interval",
     "prompts_digest",
+    "read_prompt_set",
     "register",
     "time_runs",
 ]
