@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from .pictures import batches
+from .pretrained import load_pretrained
 
 # spellings of COCO's classes in checkpoints, by GenEval's names
 _ALIASES = {
@@ -62,12 +63,7 @@ class InstanceDetector:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, torch.device]:
-        from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(self.checkpoint, dtype=torch.float32)
-        processor = AutoImageProcessor.from_pretrained(self.checkpoint)
-        return model.to(device).eval(), processor, device
+        return load_pretrained("Mask2FormerForUniversalSegmentation", "AutoImageProcessor", self.checkpoint)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -126,11 +122,7 @@ class OpenDetector:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, torch.device]:
-        from transformers import Owlv2ForObjectDetection, Owlv2Processor
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = Owlv2ForObjectDetection.from_pretrained(self.checkpoint, dtype=torch.float32)
-        return model.to(device).eval(), Owlv2Processor.from_pretrained(self.checkpoint), device
+        return load_pretrained("Owlv2ForObjectDetection", "Owlv2Processor", self.checkpoint)
 
     @torch.inference_mode()
     def detect(self, pictures: Sequence[Image.Image], wanted: Sequence[Sequence[str]]) -> list[list[Detection]]:

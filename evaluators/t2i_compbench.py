@@ -61,14 +61,12 @@ def questions(phrases: Phrases) -> list[str]:
 
 
 def attribute(probabilities: Sequence[float]) -> float:
-    """Colour, shape, texture: the product of P(yes) over the questions.
+    """Colour, shape, texture: the product of P(yes) over the questions. Quirk: a prompt without chunks scores 1.
 
-    Quirks: every factor and the product are written with four decimals, and a prompt without chunks scores 1.
+    The original passes each factor and the product through text of four decimals. That is left out: a score would jump
+    by 0.0001 where a model's rounding differs.
     """
-    product = 1.0
-    for probability in probabilities:
-        product *= round(float(probability), 4)
-    return round(product, 4)
+    return float(np.prod(np.asarray(probabilities, dtype=np.float64)))
 
 
 def relation_of(prompt: str, relations: Sequence[str] = RELATIONS) -> str | None:

@@ -22,6 +22,7 @@ from .detection import Detection, OpenDetector
 from .evaluator import Images, check_lengths
 from .phrases import phrases_of
 from .pictures import batches, sane_pictures
+from .pretrained import load_pretrained
 
 OWL = "google/owlv2-base-patch16-ensemble"
 BLIP = "Salesforce/blip-vqa-base"
@@ -43,11 +44,7 @@ class BlipVqa:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, torch.device]:
-        from transformers import BlipForQuestionAnswering, BlipProcessor
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = BlipForQuestionAnswering.from_pretrained(self.checkpoint, dtype=torch.float32)
-        return model.to(device).eval(), BlipProcessor.from_pretrained(self.checkpoint), device
+        return load_pretrained("BlipForQuestionAnswering", "BlipProcessor", self.checkpoint)
 
     @torch.inference_mode()
     def yes(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -99,18 +96,14 @@ class DepthEstimator:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, torch.device]:
-        from transformers import AutoImageProcessor, DPTForDepthEstimation
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = DPTForDepthEstimation.from_pretrained(self.checkpoint, dtype=torch.float32)
-        # the hybrid stretches its positions to any size, but refuses all that are not said here
-        model.dpt.embeddings.image_size = (self.size, self.size)
-        return model.to(device).eval(), AutoImageProcessor.from_pretrained(self.checkpoint), device
+        return load_pretrained("DPTForDepthEstimation", "AutoImageProcessor", self.checkpoint)
 
     @torch.inference_mode()
     def depths(self, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
         """Per picture `(h, w)` of the rules' frame, in [0, 1] over the picture, in steps of 1 / 255 as there."""
         model, processor, device = self._loaded
+        # the hybrid stretches its positions to any size, but refuses all that are not said here
+        model.dpt.embeddings.image_size = (self.size, self.size)
         found: list[np.ndarray] = [np.empty((0, 0))] * len(pictures)
         size = {"height": self.size, "width": self.size}
         for indices in batches(pictures, self.batch):

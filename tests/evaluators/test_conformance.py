@@ -1,6 +1,10 @@
 """What every registered evaluator must hold to, whoever wrote it."""
 
+import json
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,3 +155,20 @@ class EvaluatorConformance:
 
 class TestEvaluators(EvaluatorConformance):
     pass
+
+
+def test_models_agree_in_two_processes(tmp_path):
+    """Checkpoints are made anew there, of the same seeds."""
+    np.save(tmp_path / "images.npy", pictures())
+    code = f"""
+import json, sys, numpy as np
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from tiny_checkpoints import TINY
+images = np.load({str(tmp_path / "images.npy")!r})
+print(json.dumps({{name: made().score(images, {PROMPTS!r}).tolist() for name, made in TINY.items()}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    there = json.loads(done.stdout.splitlines()[-1])
+    assert there.keys() == TINY.keys()
+    for name, scores in there.items():
+        np.testing.assert_allclose(scores, get(name).score(pictures(), PROMPTS), rtol=0, atol=tolerance(name))
