@@ -17,6 +17,7 @@ from PIL import Image
 
 from .pictures import batches
 from .pretrained import load_pretrained
+from .template import CLASSES
 
 # spellings of COCO's classes in checkpoints, by GenEval's names
 _ALIASES = {
@@ -70,6 +71,12 @@ class InstanceDetector:
         """Names of the classes in the checkpoint's order, COCO's by GenEval's spelling."""
         names: dict[int, str] = self._loaded[0].config.id2label
         return tuple(_ALIASES.get(names[i], names[i]) for i in range(len(names)))
+
+    def is_swin_s_of_coco(self) -> bool:
+        """Whether the checkpoint has the architecture and as many classes as GenEval's detector."""
+        backbone = self._loaded[0].config.backbone_config
+        shape = getattr(backbone, "embed_dim", None), list(getattr(backbone, "depths", ()))
+        return shape == (96, [2, 2, 18, 2]) and len(self.labels) == len(CLASSES)
 
     @torch.inference_mode()
     def detect(self, pictures: Sequence[Image.Image], wanted: Sequence[AbstractSet[str]]) -> list[list[Detection]]:

@@ -160,14 +160,19 @@ class GenEval:
         self.metadata = read_metadata(metadata) if metadata is not None else {}
         self.detector = InstanceDetector(detector)
         self.colors = ColorNamer(clip)
-        family = Path(detector).name == Path(SWIN_S).name
-        self.name = ("geneval" if family else "geneval-style") + self.suffix
+        self.original = Path(detector).name == Path(SWIN_S).name
+        self.name = ("geneval" if self.original else "geneval-style") + self.suffix
 
     def judge(self, images: Images, prompts: Sequence[str]) -> list[Judgement]:
         """One judgement per picture."""
         check_lengths(images, prompts)
         asked = [self.metadata.get(prompt) or metadata_of(prompt) for prompt in prompts]
         classes = [frozenset(c["class"] for k in ("include", "exclude") for c in m.get(k, ())) for m in asked]
+        if prompts and self.original and not self.detector.is_swin_s_of_coco():
+            raise ValueError(
+                f"detector {self.detector.checkpoint!r} is not the Swin-S for COCO that its name says; accepted: "
+                f"{SWIN_S}, or a folder of another name, which makes the scores geneval-style"
+            )
         for prompt, names in zip(prompts, classes, strict=True):
             unseen = sorted(names - set(self.detector.labels)) if names else []
             if unseen:

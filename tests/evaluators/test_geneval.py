@@ -1,6 +1,7 @@
 """GenEval's rules on detections written by hand, one table row per case of evaluate_images.py; then the evaluator."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from blocktune.evaluators import get
 from blocktune.evaluators.color import GROUND, TEMPLATES, ColorNamer, crop
 from blocktune.evaluators.detection import Detection, InstanceDetector
 from blocktune.evaluators.geneval import GenEval, judge, read_metadata, relations
+from blocktune.evaluators.template import CLASSES as CLASSES_OF_COCO
 from blocktune.evaluators.template import COLORS, metadata_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -194,6 +196,32 @@ def test_names_tell_the_checkpoint():
     assert GenEval(detector="/models/mask2former-swin-small-coco-instance").name == "geneval"
     assert GenEval(detector="facebook/mask2former-swin-large-coco-instance").name == "geneval-style"
     assert TINY["geneval-style_binary"]().name == "geneval-style_binary"
+
+
+def test_a_name_does_not_make_another_checkpoint_the_original(tmp_path):
+    (tmp_path / "mask2former-swin-small-coco-instance").symlink_to(mask2former(), target_is_directory=True)
+    evaluator = GenEval(detector=tmp_path / "mask2former-swin-small-coco-instance", clip=clip())
+    with pytest.raises(
+        ValueError, match="is not the Swin-S for COCO that its name says; accepted: facebook/mask2former"
+    ):
+        evaluator.score([picture()], ["a photo of a circle"])
+
+
+def test_the_original_is_known_by_its_shape_and_classes():
+    """Of the real sizes, without weights; COCO's classes in the spelling of the published checkpoint."""
+    from transformers import Mask2FormerConfig, SwinConfig
+
+    voc = {"motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant"}
+    voc |= {"dining table": "diningtable", "tv": "tvmonitor", "computer mouse": "mouse", "tv remote": "remote"}
+    voc |= {"computer keyboard": "keyboard"}
+    labels = dict(enumerate(voc.get(name, name) for name in CLASSES_OF_COCO))
+    for depths, original in (([2, 2, 18, 2], True), ([2, 2, 6, 2], False)):
+        backbone = SwinConfig(embed_dim=96, depths=depths, num_heads=[3, 6, 12, 24])
+        config = Mask2FormerConfig(backbone_config=backbone, id2label=labels)
+        detector = InstanceDetector("none")
+        detector._loaded = (SimpleNamespace(config=config), None, torch.device("cpu"))
+        assert detector.is_swin_s_of_coco() == original
+        assert detector.labels == CLASSES_OF_COCO
 
 
 def test_labels_have_genevals_names():
