@@ -14,6 +14,15 @@ _targets: dict[str, Target] = {
     "shapes": "blocktune.reference.judge:Shapes",
     "shapes_binary": "blocktune.reference.judge:ShapesBinary",
     "crispness": "blocktune.reference.crispness:Crispness",
+    "compositional": "blocktune.evaluators.compositional_judge:Compositional",
+    "geneval": "blocktune.evaluators.geneval:GenEval",
+    "geneval_binary": "blocktune.evaluators.geneval:GenEvalBinary",
+    "t2i_attribute": "blocktune.evaluators.t2i_evaluators:Attribute",
+    "t2i_spatial": "blocktune.evaluators.t2i_evaluators:Spatial",
+    "t2i_3d_spatial": "blocktune.evaluators.t2i_evaluators:Spatial3d",
+    "t2i_numeracy": "blocktune.evaluators.t2i_evaluators:Numeracy",
+    "t2i_non_spatial": "blocktune.evaluators.t2i_evaluators:NonSpatial",
+    "t2i_complex": "blocktune.evaluators.t2i_evaluators:Complex",
 }
 _made: dict[str, Evaluator] = {}
 
