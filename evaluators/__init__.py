@@ -3,19 +3,22 @@
 `get("shapes").score(images, prompts)` is a float64 array `(n,)`, one score per image.
 """
 
+from .checkpoints import CheckpointError
 from .evaluator import Evaluator, as_array
 from .latency import CostTable, measure_cost_table, time_runs
 from .prompts import Prompt, load_prompts, prompts_digest
-from .registry import UnknownEvaluator, get, names, register
+from .registry import UnknownEvaluator, families, get, names, register
 from .statistics import Interval, paired_interval
 
 __all__ = [
+    "CheckpointError",
     "CostTable",
     "Evaluator",
     "Interval",
     "Prompt",
     "UnknownEvaluator",
     "as_array",
+    "families",
     "get",
     "load_prompts",
     "measure_cost_table",
