@@ -1,9 +1,10 @@
-"""Scores of pictures by name, the statistics to compare them, and latency.
+"""Scores of pictures by name, distances of sets of pictures, the statistics to compare them, and latency.
 
 `get("shapes").score(images, prompts)` is a float64 array `(n,)`, one score per image.
 """
 
 from .checkpoints import CheckpointError
+from .distances import cmmd, fid
 from .evaluator import Evaluator, as_array
 from .latency import CostTable, measure_cost_table, time_runs
 from .prompts import Prompt, load_prompts, prompts_digest
@@ -18,7 +19,9 @@ __all__ = [
     "Prompt",
     "UnknownEvaluator",
     "as_array",
+    "cmmd",
     "families",
+    "fid",
     "get",
     "load_prompts",
     "measure_cost_table",
