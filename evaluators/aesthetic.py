@@ -15,6 +15,8 @@ from .checkpoints import CheckpointError, load_state
 from .clip import check_clip, load_clip
 from .model_score import ModelScore
 
+MLP_LAYERS = ("layers.0.", "layers.2.", "layers.4.", "layers.6.", "layers.7.")  # dropout at the numbers between
+
 
 class _Aesthetic(ModelScore):
     head: str  # where the published head is
@@ -58,18 +60,24 @@ class AestheticV2(_Aesthetic):
 
     family = "aesthetic_v2"
     head = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
-    layers = ("layers.0.", "layers.2.", "layers.4.", "layers.6.", "layers.7.")
+    layers = MLP_LAYERS
 
 
 @cache
 def _affine(head: str, layers: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """All layers as one: weight `(dim,)` and bias `()`, float64. Layers without activations between are one layer."""
-    state = load_state(head)
+    return fold(load_state(head), layers, head)
+
+
+def fold(state: dict[str, torch.Tensor], layers: tuple[str, ...], where: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Linear layers without activations between, which are one: its weight `(dim,)` and bias `()`, float64.
+
+    Raises CheckpointError, naming `where` they are from, when `state` holds anything but `layers`.
+    """
     expected = {layer + part for layer in layers for part in ("weight", "bias")}
     if state.keys() != expected:
-        raise CheckpointError(f"head {head} holds {', '.join(sorted(state))}; accepted: {', '.join(sorted(expected))}")
-    weight, bias = torch.eye(state[layers[0] + "weight"].shape[1], dtype=torch.float64), torch.zeros(1).double()
-    for layer in layers:
+        raise CheckpointError(f"head {where} holds {', '.join(sorted(state))}; accepted: {', '.join(sorted(expected))}")
+    weight, bias = state[layers[0] + "weight"].double(), state[layers[0] + "bias"].double()
+    for layer in layers[1:]:
         matrix = state[layer + "weight"].double()
-        weight, bias = matrix @ weight, (matrix @ bias if layer != layers[0] else 0) + state[layer + "bias"].double()
+        weight, bias = matrix @ weight, matrix @ bias + state[layer + "bias"].double()
     return weight[0], bias[0]

@@ -61,5 +61,15 @@ def load_state(where: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"checkpoint is {where!r}, which cannot be read: {_line(error)}") from None
 
 
+def download(repository: str, file: str) -> str:
+    """Path of a file of a hub repository, downloaded once. Raises CheckpointError when it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repository, file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} of {repository} cannot be downloaded: {_line(error)}") from None
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]

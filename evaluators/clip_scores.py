@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from .batches import in_batches
-from .checkpoints import CheckpointError, device, load_pretrained, load_processor
+from .checkpoints import CheckpointError, device, download, load_pretrained, load_processor
 from .clip import Clip, check_clip, load_clip
 from .model_score import ModelScore
 
@@ -78,7 +78,7 @@ class HpsV21(ModelScore):
     def _clip(self) -> Clip:
         from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-        checkpoint = self.checkpoint or f"ViT-H-14/{_download('xswu/HPSv2', 'HPS_v2.1_compressed.pt')}"
+        checkpoint = self.checkpoint or f"ViT-H-14/{download('xswu/HPSv2', 'HPS_v2.1_compressed.pt')}"
         return load_clip(checkpoint, resize_mode="longest", mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
 
     def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
@@ -128,13 +128,3 @@ class PickScore(ModelScore):
 
         scale = model.logit_scale.exp().item()
         return scale * in_batches(cosines, list(zip(pictures, prompts, strict=True))).numpy()
-
-
-def _download(repository: str, file: str) -> str:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(repository, file)
-    except OSError as error:
-        sentence = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{file} of {repository} cannot be downloaded: {sentence}") from None

@@ -20,6 +20,7 @@ _families: dict[str, str] = {
     "clip_score": "blocktune.evaluators.clip_scores:ClipScore",
     "siglip_score": "blocktune.evaluators.clip_scores:SiglipScore",
     "hps_v2.1": "blocktune.evaluators.clip_scores:HpsV21",
+    "image_reward": "blocktune.evaluators.image_reward:ImageReward",
     "pick_score": "blocktune.evaluators.clip_scores:PickScore",
     "aesthetic_v1": "blocktune.evaluators.aesthetic:AestheticV1",
     "aesthetic_v2": "blocktune.evaluators.aesthetic:AestheticV2",

@@ -131,18 +131,55 @@ def dinov2(folder: Path, size: Size = "tiny") -> str:
     return str(folder)
 
 
-def blip(folder: Path, size: Size = "tiny") -> str:
-    from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil, BlipProcessor
+def image_reward(folder: Path, size: Size = "tiny") -> str:
+    """One file in the names of the authors' BLIP, as ImageReward.pt is, and a folder of a tokenizer."""
+    from timm.models import VisionTransformer
+    from transformers import BlipTextConfig, BlipTextModel
 
-    torch.manual_seed(6)
+    folder.mkdir(parents=True)
+    torch.manual_seed(8)
+    pixels, patch, wide, deep, dim, layers = (224, 16, 1024, 24, 768, 12) if size == "full" else (32, 8, 128, 2, 64, 2)
+    vision = VisionTransformer(pixels, patch, embed_dim=wide, depth=deep, num_heads=wide // 64, num_classes=0)
+    text = BlipTextModel(
+        BlipTextConfig(
+            hidden_size=dim,
+            encoder_hidden_size=wide,
+            intermediate_size=4 * dim,
+            num_hidden_layers=layers,
+            num_attention_heads=dim // 64,
+        ),
+        add_pooling_layer=False,
+    )
+    with torch.no_grad():
+        for parameter in text.encoder.parameters():  # the default is too small for a picture to be heard
+            parameter.mul_(5)
+    modules = {"blip.visual_encoder": vision, "blip.text_encoder": text, "mlp.layers": aesthetic_mlp(dim)}
+    state = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
+    state["blip.vision_proj.weight"] = torch.zeros(256, wide)  # not used
+    torch.save(state, folder / "ImageReward.pt")
+    _bert_tokenizer().save_pretrained(folder / "bert")
+    return f"{folder / 'ImageReward.pt'}@{folder / 'bert'}"
+
+
+def _bert_tokenizer():
+    from transformers import BertTokenizer
+
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "?", '"', ".", ",", *WORDS, *ascii_lowercase]
     vocabulary += [f"##{letter}" for letter in ascii_lowercase]
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
+    return BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
+
+
+def blip(folder: Path, size: Size = "tiny") -> str:
+    from transformers import BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil, BlipProcessor
+
+    torch.manual_seed(6)
+    tokenizer = _bert_tokenizer()
     text = {"bos_token_id": 5, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
     pixels, vision = 384, {"image_size": 384}  # the defaults are those of BLIP-VQA base
     if size == "tiny":
         shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        text |= shape | {"vocab_size": len(vocabulary), "encoder_hidden_size": 32, "max_position_embeddings": 64}
+        text |= shape | {"vocab_size": len(tokenizer), "encoder_hidden_size": 32, "max_position_embeddings": 64}
         text |= {"initializer_range": 0.2}
         pixels, vision = 32, shape | {"image_size": 32, "patch_size": 8}
     BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)

@@ -13,6 +13,7 @@ def model_scores(tmp_path_factory) -> dict[str, str]:
         "clip_score": f"clip_score:{clip}",
         "siglip_score": f"siglip_score:{checkpoints.clip(folder / 'siglip', init_logit_bias=-4.0)}",
         "hps_v2.1": f"hps_v2.1:{clip}",
+        "image_reward": f"image_reward:{checkpoints.image_reward(folder / 'image_reward')}",
         "pick_score": f"pick_score:{checkpoints.pick_score(folder / 'pick_score')}",
         "aesthetic_v1": f"aesthetic_v1:{checkpoints.aesthetic_v1(folder / 'v1.pth')}@{clip}",
         "aesthetic_v2": f"aesthetic_v2:{checkpoints.aesthetic_v2(folder / 'v2.pth')}@{clip}",

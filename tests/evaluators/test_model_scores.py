@@ -14,7 +14,7 @@ from PIL import Image
 from .test_conformance import PROMPTS, EvaluatorConformance, pictures
 
 FAMILIES = [*families(), "vqa_score blip"]
-READS_PROMPTS = ["clip_score", "siglip_score", "hps_v2.1", "pick_score", "vqa_score", "vqa_score blip"]
+READS_PROMPTS = ["clip_score", "siglip_score", "hps_v2.1", "pick_score", "image_reward", "vqa_score", "vqa_score blip"]
 
 
 @pytest.fixture(params=FAMILIES)
