@@ -1,7 +1,7 @@
 """Evaluators `aesthetic_v1` and `aesthetic_v2`: LAION's predictors of how people rate a picture, about 1 to 10.
 
-Both are affine in the unit CLIP vector of the picture and never read the prompt. The checkpoint is `HEAD@CLIP`: a file
-or URL of the head, and an open_clip model, `ViT-L-14/openai` when not given.
+Both are affine in the unit CLIP vector of the picture and never read the prompt. The checkpoint is `HEAD with CLIP`: a
+file or URL of the head, and an open_clip model, `ViT-L-14/openai` when not given.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class _Aesthetic(ModelScore):
 
     def __init__(self, checkpoint: str = ""):
         super().__init__(checkpoint)
-        head, _, clip = checkpoint.partition("@")
+        head, _, clip = checkpoint.partition(" with ")
         self._head = head or self.head
         self._clip = clip or "ViT-L-14/openai"
         check_clip(self._clip)

@@ -1,6 +1,6 @@
 """CLIP and its kin through open_clip: pictures and texts as unit vectors.
 
-A model is named as `ARCHITECTURE/TAG` (ViT-B-32/openai), `ARCHITECTURE/FILE` (ViT-H-14//weights/model.pt), or with
+A model is named as `ARCHITECTURE/TAG` (ViT-B-32/openai), `ARCHITECTURE:FILE` (ViT-H-14:/weights/model.pt), or with
 open_clip's own `hf-hub:ORG/NAME` and `local-dir:FOLDER`. Weights that were trained with QuickGELU are run with it: for
 27 of its tags, ViT-B-32/openai among them, open_clip 3.3 builds a model with another activation and only warns. A file
 does not tell; name the architecture that fits (ViT-B-32-quickgelu for the weights of OpenAI).
@@ -97,26 +97,37 @@ def _arguments(name: str) -> dict[str, Any]:
 
     if name.startswith(("hf-hub:", "local-dir:")):
         return {"model_name": name}
-    architecture, _, weights = name.partition("/")
+    architecture, kind, weights = _parts(name)
     if architecture not in open_clip.list_models():
         raise CheckpointError(f"clip model is {name!r}; accepted: ARCHITECTURE/TAG, as ViT-B-32/openai")
+    if kind == ":":
+        if not Path(weights).is_file():
+            raise CheckpointError(f"clip model is {name!r}; accepted after {architecture}: a file that is there")
+        return {"model_name": architecture, "pretrained": weights}
     published = get_pretrained_cfg(architecture, weights)
-    if not published and not Path(weights).is_file():
+    if not published:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture))
-        raise CheckpointError(f"clip model is {name!r}; accepted after {architecture}/: {tags}, or a file")
+        raise CheckpointError(f"clip model is {name!r}; accepted after {architecture}/: {tags}")
     quick = published.get("quick_gelu", False)
     return {"model_name": architecture, "pretrained": weights, "force_quick_gelu": quick}
 
 
+def _parts(name: str) -> tuple[str, str, str]:
+    """Architecture, "/" before a tag or ":" before a file, and that."""
+    end = min((at for at in (name.find("/"), name.find(":")) if at >= 0), default=len(name))
+    return name[:end], name[end : end + 1], name[end + 1 :]
+
+
 def _of_file(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """The transform for weights from a file: what all tags of the architecture share, for a file does not tell."""
-    from open_clip.pretrained import _PRETRAINED, get_pretrained_cfg
+    from open_clip import list_pretrained_tags_by_model
+    from open_clip.pretrained import get_pretrained_cfg
 
-    architecture, _, weights = name.partition("/")
-    tags = _PRETRAINED.get(architecture, {})
-    if get_pretrained_cfg(architecture, weights) or not tags:
+    architecture, kind, _ = _parts(name)
+    published = [get_pretrained_cfg(architecture, tag) for tag in list_pretrained_tags_by_model(architecture)]
+    if kind == "/" or not published:
         return {}
-    transforms = [{key: tag[key] for key in _PREPROCESSING} for tag in tags.values()]
+    transforms = [{key: config[key] for key in _PREPROCESSING} for config in published]
     if any(transform != transforms[0] for transform in transforms):
         if {"mean", "std"} <= given.keys():
             return {}

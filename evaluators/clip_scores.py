@@ -63,7 +63,7 @@ class HpsV21(ModelScore):
 
     Wu et al. 2023 (arXiv:2306.09341), github.com/tgxs002/HPSv2. As there the longest side is scaled to 224 and the rest
     is padded with black; here the scaled picture is rounded to 8 bits. The checkpoint is HPS_v2.1_compressed.pt of
-    xswu/HPSv2 when not given; a copy is named `hps_v2.1:ViT-H-14//weights/HPS_v2.1_compressed.pt`.
+    xswu/HPSv2 when not given; a copy is named `hps_v2.1:ViT-H-14:/weights/HPS_v2.1_compressed.pt`.
     """
 
     family = "hps_v2.1"
@@ -78,7 +78,7 @@ class HpsV21(ModelScore):
     def _clip(self) -> Clip:
         from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-        checkpoint = self.checkpoint or f"ViT-H-14/{download('xswu/HPSv2', 'HPS_v2.1_compressed.pt')}"
+        checkpoint = self.checkpoint or f"ViT-H-14:{download('xswu/HPSv2', 'HPS_v2.1_compressed.pt')}"
         return load_clip(checkpoint, resize_mode="longest", mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
 
     def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 def count_flops(run: Callable[[], Any]) -> int:
     """Floating point operations of `run()`, a multiplication and an addition counted as two.
 
-    Those of matrix products, convolutions and attention, which torch counts; the rest is free here. They do not tell
-    the latency: compare policies by `time_runs`.
+    Those of matrix products, convolutions and attention, which torch counts; the rest is free here, and so are fused
+    modules that it cannot see into (nn.MultiheadAttention without gradients; no transformer of diffusers has one).
+    They do not tell the latency: compare policies by `time_runs`.
     """
     with FlopCounterMode(display=False) as counter:
         run()

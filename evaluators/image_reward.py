@@ -23,15 +23,15 @@ class ImageReward(ModelScore):
     """ImageReward v1.0, about -2 to 2. Xu et al. 2023 (arXiv:2304.05977), github.com/THUDM/ImageReward.
 
     The reward is affine in the first token of BERT, which attends to the tokens of the picture; standardised. The
-    checkpoint is `FILE@TOKENIZER`: ImageReward.pt of THUDM/ImageReward and bert-base-uncased when not given. Depth and
-    widths are read from the weights.
+    checkpoint is `FILE with TOKENIZER`: ImageReward.pt of THUDM/ImageReward and bert-base-uncased when not given. Depth
+    and widths are read from the weights.
     """
 
     family = "image_reward"
 
     def __init__(self, checkpoint: str = ""):
         super().__init__(checkpoint)
-        self._file, _, tokenizer = checkpoint.partition("@")
+        self._file, _, tokenizer = checkpoint.partition(" with ")
         self._tokenizer = tokenizer or "bert-base-uncased"
 
     @property
@@ -48,7 +48,7 @@ class ImageReward(ModelScore):
 
         vision, text, weight, bias = _load(self._file)
         tokenizer = load_processor(BertTokenizer, self._tokenizer)
-        transform = image_transform_v2(PreprocessCfg(size=vision.patch_embed.img_size), is_train=False)
+        transform: Any = image_transform_v2(PreprocessCfg(size=vision.patch_embed.img_size), is_train=False)
 
         def read(batch: Sequence[tuple[Image.Image, str]]) -> torch.Tensor:
             pixels = torch.stack([transform(picture) for picture, _ in batch])  # (batch, 3, h, w)

@@ -26,7 +26,7 @@ class Lpips(ModelFidelity):
 
     Features of five layers are scaled to unit length at each place; their squared differences are weighted per channel,
     averaged over places and summed over layers. Pictures keep their size. In float32 also on a GPU. The checkpoint is
-    `HEADS@ALEXNET`, files or URLs: the weights of the lpips package, and torchvision's AlexNet.
+    `HEADS with ALEXNET`, files or URLs: the weights of the lpips package, and torchvision's AlexNet.
     """
 
     family = "lpips"
@@ -34,7 +34,7 @@ class Lpips(ModelFidelity):
 
     def __init__(self, checkpoint: str = ""):
         super().__init__(checkpoint)
-        heads, _, alexnet = checkpoint.partition("@")
+        heads, _, alexnet = checkpoint.partition(" with ")
         self._heads, self._alexnet = heads or _HEADS, alexnet or _ALEXNET
 
     @property

@@ -47,8 +47,8 @@ class VqaScore(ModelScore):
 class VqaAttributes(ModelScore):
     """The mean over a prompt's questions on its colours and places, as arXiv:2601.02211 asks them; in [0, 1].
 
-    The checkpoint is `MODEL@FILE`. A line of the file has a prompt with the colours of its objects, or with two objects
-    and their relation: `{"prompt": …, "colors": {"cat": "red"}}`, `{"prompt": …, "relation": ["cat", "left", "tree"]}`.
+    The checkpoint is `MODEL with FILE`. A line of the file has a prompt with the colours of its objects, or with two
+    objects and their relation: `{"prompt": …, "colors": {"cat": "red"}}` or `{…, "relation": ["cat", "left", "tree"]}`.
     The paper asks for all colours of a picture at once and counts yes and no; here every object is a question of its
     own, for a probability to be read. Its amounts are counted by CountGD, which is not asked a question.
     """
@@ -58,9 +58,9 @@ class VqaAttributes(ModelScore):
 
     def __init__(self, checkpoint: str = ""):
         super().__init__(checkpoint)
-        self.checkpoint, _, file = checkpoint.rpartition("@")
+        self.checkpoint, _, file = checkpoint.partition(" with ")
         if not (self.checkpoint and file):
-            raise CheckpointError(f"{self.name} lacks a part; accepted: vqa_attributes:MODEL@FILE, FILE of JSON lines")
+            raise CheckpointError(f"{self.name} lacks a part; accepted: vqa_attributes:MODEL with FILE, of JSON lines")
         self._questions = read_questions(file)
 
     def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

@@ -5,6 +5,7 @@ depend on the values of their weights.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, Literal
@@ -21,10 +22,38 @@ CHAT = (
 )
 
 
+def every(folder: Path, size: Size = "tiny") -> dict[str, Callable[[], str]]:
+    """For every family, what writes a checkpoint and gives the score's name; `vqa_score` twice, by kind of model."""
+    dim = 768 if size == "full" else 16
+
+    def backbone() -> str:
+        return clip(folder / "clip", size)
+
+    return {
+        "clip_score": lambda: f"clip_score:{backbone()}",
+        "siglip_score": lambda: f"siglip_score:{clip(folder / 'siglip', size, init_logit_bias=-4.0)}",
+        "hps_v2.1": lambda: f"hps_v2.1:{hps(folder / 'hps', size)}",
+        "pick_score": lambda: f"pick_score:{pick_score(folder / 'pick_score', size)}",
+        "image_reward": lambda: f"image_reward:{image_reward(folder / 'image_reward', size)}",
+        "aesthetic_v1": lambda: f"aesthetic_v1:{aesthetic_v1(folder / 'v1.pth', dim)} with {backbone()}",
+        "aesthetic_v2": lambda: f"aesthetic_v2:{aesthetic_v2(folder / 'v2.pth', dim)} with {backbone()}",
+        "clip_iqa": lambda: f"clip_iqa:{resnet_clip(folder / 'resnet', size)}",
+        "vqa_score": lambda: f"vqa_score:{qwen(folder / 'qwen', size)}",
+        "vqa_score blip": lambda: f"vqa_score:{blip(folder / 'blip', size)}",
+        "vqa_attributes": lambda: (
+            f"vqa_attributes:{qwen(folder / 'qwen', size)} with {questions(folder / 'questions.jsonl')}"
+        ),
+        "lpips": lambda: f"lpips:{lpips(folder / 'lpips')}",
+        "dinov2": lambda: f"dinov2:{dinov2(folder / 'dinov2', size)}",
+    }
+
+
 def write_clip(folder: Path, vision: dict[str, Any], text: dict[str, Any], dim: int, **model: Any) -> str:
-    """A folder as open_clip's hub repositories have it: `local-dir:FOLDER`."""
+    """A folder as open_clip's hub repositories have it: `local-dir:FOLDER`; one that is there is taken as it is."""
     from open_clip import CLIP
 
+    if folder.exists():
+        return f"local-dir:{folder}"
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     config = {"embed_dim": dim, "vision_cfg": vision, "text_cfg": text, **model}
@@ -43,6 +72,14 @@ def clip(folder: Path, size: Size = "tiny", **model: Any) -> str:
     vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
     return write_clip(folder, vision, text, 16, **model)
+
+
+def hps(folder: Path, size: Size = "tiny") -> str:
+    if size == "full":  # ViT-H-14
+        vision = {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14}
+        text = {"width": 1024, "heads": 16, "layers": 24, "vocab_size": 49408, "context_length": 77}
+        return write_clip(folder, vision, text, 1024)
+    return clip(folder.parent / "clip")
 
 
 def resnet_clip(folder: Path, size: Size = "tiny") -> str:
@@ -84,7 +121,7 @@ def lpips(folder: Path) -> str:
     torch.save(heads, folder / "alex.pth")
     features = alexnet().features.state_dict()
     torch.save({f"features.{key}": value for key, value in features.items()}, folder / "alexnet.pth")
-    return f"{folder / 'alex.pth'}@{folder / 'alexnet.pth'}"
+    return f"{folder / 'alex.pth'} with {folder / 'alexnet.pth'}"
 
 
 def _clip_tokenizer():
@@ -159,7 +196,7 @@ def image_reward(folder: Path, size: Size = "tiny") -> str:
     state["blip.vision_proj.weight"] = torch.zeros(256, wide)  # not used
     torch.save(state, folder / "ImageReward.pt")
     _bert_tokenizer().save_pretrained(folder / "bert")
-    return f"{folder / 'ImageReward.pt'}@{folder / 'bert'}"
+    return f"{folder / 'ImageReward.pt'} with {folder / 'bert'}"
 
 
 def _bert_tokenizer():

@@ -92,7 +92,7 @@ def hps_checkpoint(tmp_path_factory) -> tuple[str, str]:
     open_clip.add_model_config(folder / "tiny-hps.json")
     state = torch.load(folder / "clip" / "open_clip_pytorch_model.bin")
     torch.save({"state_dict": state, "epoch": 3, "name": "hps"}, folder / "hps.pt")
-    return f"tiny-hps/{folder / 'hps.pt'}", local
+    return f"tiny-hps:{folder / 'hps.pt'}", local
 
 
 def test_hps(hps_checkpoint):
@@ -103,15 +103,15 @@ def test_hps(hps_checkpoint):
 
 
 def test_a_file_for_another_architecture_is_refused(hps_checkpoint):
-    file = hps_checkpoint[0].partition("/")[2]
-    with pytest.raises(CheckpointError, match=r"ViT-B-32//.*which cannot be loaded: .*width changed"):
-        get(f"clip_score:ViT-B-32/{file}").score(photos(), PROMPTS)
+    file = hps_checkpoint[0].partition(":")[2]
+    with pytest.raises(CheckpointError, match=r"ViT-B-32:/.*which cannot be loaded: .*width changed"):
+        get(f"clip_score:ViT-B-32:{file}").score(photos(), PROMPTS)
 
 
 def test_a_file_that_holds_no_weights_is_refused(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"no weights")
-    clip = f"ViT-B-32/{tmp_path / 'model.pt'}"
-    for name in (f"clip_score:{clip}", f"aesthetic_v1:{tmp_path / 'model.pt'}@{clip}"):
+    clip = f"ViT-B-32:{tmp_path / 'model.pt'}"
+    for name in (f"clip_score:{clip}", f"aesthetic_v1:{tmp_path / 'model.pt'} with {clip}"):
         with pytest.raises(CheckpointError, match=f"{tmp_path}.* cannot be (loaded|read)"):
             get(name).score(photos(), PROMPTS)
 
@@ -153,12 +153,12 @@ def test_the_activation_changes_the_score(tmp_path):
 
 
 def test_a_file_takes_the_transform_that_its_architecture_is_published_with():
-    siglip = _of_file("ViT-B-16-SigLIP//weights/model.pt", {})
+    siglip = _of_file("ViT-B-16-SigLIP:/weights/model.pt", {})
     assert (siglip["resize_mode"], siglip["mean"]) == ("squash", (0.5, 0.5, 0.5))
     assert _of_file("ViT-B-16-SigLIP/webli", {}) == {}
     with pytest.raises(CheckpointError, match="whose tags differ in their transforms"):
-        _of_file("ViT-L-14//weights/model.pt", {})
-    assert _of_file("ViT-H-14//weights/hps.pt", {"mean": (0.5,) * 3, "std": (0.5,) * 3}) == {}
+        _of_file("ViT-L-14:/weights/model.pt", {})
+    assert _of_file("ViT-H-14:/weights/hps.pt", {"mean": (0.5,) * 3, "std": (0.5,) * 3}) == {}
 
 
 def test_every_clip_sees_with_its_own_transform(tmp_path):

@@ -79,7 +79,7 @@ def test_image_reward_is_the_published_model(model_scores):
     from transformers import BertTokenizer
 
     name = model_scores["image_reward"]
-    file, tokenizer_folder = name.partition(":")[2].split("@")
+    file, tokenizer_folder = name.partition(":")[2].split(" with ")
     tokenizer = BertTokenizer.from_pretrained(tokenizer_folder)
     state = torch.load(file)
     expected = []
@@ -95,6 +95,6 @@ def test_image_reward_is_the_published_model(model_scores):
 
 def test_another_file_is_refused(model_scores, tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pt")
-    tokenizer = model_scores["image_reward"].split("@")[1]
+    tokenizer = model_scores["image_reward"].split(" with ")[1]
     with pytest.raises(CheckpointError, match=r"other\.pt does not fit; accepted: ImageReward\.pt"):
-        get(f"image_reward:{tmp_path / 'other.pt'}@{tokenizer}").score(photos(), PROMPTS)
+        get(f"image_reward:{tmp_path / 'other.pt'} with {tokenizer}").score(photos(), PROMPTS)

@@ -48,7 +48,7 @@ def lpips_by_hand(picture: Image.Image, reference: Image.Image, heads: dict, ale
 
 def test_lpips_is_the_published_formula(model_scores):
     name = model_scores["lpips"]
-    heads, alexnet = (torch.load(file) for file in name.partition(":")[2].split("@"))
+    heads, alexnet = (torch.load(file) for file in name.partition(":")[2].split(" with "))
     reference = photos(SIZES)
     pictures = changed(reference, 0.5)
     expected = [lpips_by_hand(a, b, heads, alexnet) for a, b in zip(pictures, reference, strict=True)]
@@ -108,10 +108,10 @@ def test_lpips_never_exceeds_the_worst_value(model_scores):
 def test_lpips_refuses_what_it_cannot_see(model_scores, tmp_path):
     with pytest.raises(ValueError, match="side of 31 pixels; lpips accepts pictures of 32"):
         get(model_scores["lpips"]).score(photos(((31, 64),)), ["a"], photos(((31, 64),)))
-    heads, alexnet = model_scores["lpips"].partition(":")[2].split("@")
+    heads, alexnet = model_scores["lpips"].partition(":")[2].split(" with ")
     for name, said in (
-        (f"lpips:{alexnet}@{alexnet}", r"hold features\.0\.bias.*; accepted: lin0\.model\.1\.weight"),
-        (f"lpips:{heads}@{heads}", "alexnet .* does not fit"),
+        (f"lpips:{alexnet} with {alexnet}", r"hold features\.0\.bias.*; accepted: lin0\.model\.1\.weight"),
+        (f"lpips:{heads} with {heads}", "alexnet .* does not fit"),
     ):
         with pytest.raises(CheckpointError, match=said):
             get(name).score(photos(), ["a"] * 3, photos())

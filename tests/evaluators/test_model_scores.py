@@ -2,6 +2,8 @@
 
 import json
 import os
+import posixpath
+import re
 import subprocess
 import sys
 
@@ -102,6 +104,12 @@ def test_gpu_and_cpu_agree(model_scores):
         np.testing.assert_allclose(scores, on_cpu[key], rtol=0.02, atol=0.02, err_msg=key)
 
 
+def test_names_can_be_metrics_of_mlflow(name):
+    """Which takes no other characters, and no name that would change as a path."""
+    assert re.fullmatch(r"[\w.\-/: ]+", name)
+    assert posixpath.normpath(name) == name
+
+
 def test_backbones_are_shared(model_scores):
     from blocktune.evaluators.clip import load_clip
 
@@ -126,12 +134,13 @@ def test_nothing_is_loaded_before_the_first_score(model_scores):
     [
         ("clip_score", r"clip model is ''; accepted: ARCHITECTURE/TAG"),
         ("clip_score:ViT-B-33/openai", "'ViT-B-33/openai'; accepted: ARCHITECTURE/TAG"),
-        ("clip_score:ViT-B-32/nowhere.pt", "accepted after ViT-B-32/: openai, .*, or a file"),
+        ("clip_score:ViT-B-32/nowhere", "accepted after ViT-B-32/: openai, "),
+        ("clip_score:ViT-B-32:nowhere.pt", "accepted after ViT-B-32: a file that is there"),
         ("siglip_score", r"clip model is ''"),
         ("vqa_score", "vqa_score lacks a model"),
-        ("vqa_attributes:model", "lacks a part; accepted: vqa_attributes:MODEL@FILE"),
-        ("vqa_attributes:model@nowhere.jsonl", "nowhere.jsonl cannot be read"),
-        ("aesthetic_v1:head.pth@ViT-B-33/openai", "'ViT-B-33/openai'; accepted"),
+        ("vqa_attributes:model", "lacks a part; accepted: vqa_attributes:MODEL with FILE"),
+        ("vqa_attributes:model with nowhere.jsonl", "nowhere.jsonl cannot be read"),
+        ("aesthetic_v1:head.pth with ViT-B-33/openai", "'ViT-B-33/openai'; accepted"),
     ],
 )
 def test_a_name_that_cannot_be_is_refused_before_any_score(bad, said):
@@ -141,9 +150,9 @@ def test_a_name_that_cannot_be_is_refused_before_any_score(bad, said):
 
 @pytest.mark.parametrize("family", ["pick_score", "dinov2", "vqa_score", "lpips", "aesthetic_v1", "clip_score"])
 def test_a_checkpoint_that_is_not_there_is_refused(family, model_scores, tmp_path):
-    where = {"clip_score": f"local-dir:{tmp_path}", "aesthetic_v1": f"{tmp_path}/x.pth@ViT-B-32/openai"}
+    where = {"clip_score": f"local-dir:{tmp_path}", "aesthetic_v1": f"{tmp_path}/x.pth with ViT-B-32/openai"}
     if family == "aesthetic_v1":
-        where[family] = f"{tmp_path}/x.pth@{model_scores['clip_score'].partition(':')[2]}"
+        where[family] = f"{tmp_path}/x.pth with {model_scores['clip_score'].partition(':')[2]}"
     evaluator = get(f"{family}:{where.get(family, tmp_path / 'x')}")
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         evaluator.score(pictures(), PROMPTS, pictures(1) if evaluator.needs_reference else None)

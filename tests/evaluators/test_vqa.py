@@ -75,7 +75,7 @@ def test_attributes_are_the_mean_over_a_prompts_questions(model_scores, tmp_path
     ]
     assert questions["b"][0].startswith('Caption: "b"\nQuestion: Is the cat on the lower-left of the tree?')
     first, second, _ = photos()
-    evaluator = get(f"vqa_attributes:{folder}@{file}")
+    evaluator = get(f"vqa_attributes:{folder} with {file}")
     expected = [
         np.mean([p_yes(folder, first, asked) for asked in questions["a"]]),
         p_yes(folder, second, questions["b"][0]),
