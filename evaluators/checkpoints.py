@@ -20,15 +20,19 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def precision(half: torch.dtype = torch.float16) -> torch.dtype:
+    """`half` on a GPU, float32 on a CPU."""
+    return half if device().type == "cuda" else torch.float32
+
+
 @cache
 def load_pretrained(model_class: Any, checkpoint: str, half: torch.dtype = torch.float16) -> Any:
     """A transformers model in evaluation mode from a hub id or a folder; `half` is its dtype on a GPU.
 
     Raises CheckpointError when there is no such checkpoint, or when the checkpoint lacks weights of the model.
     """
-    dtype = half if device().type == "cuda" else torch.float32
     try:
-        model, info = model_class.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
+        model, info = model_class.from_pretrained(checkpoint, dtype=precision(half), output_loading_info=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint is {checkpoint!r}, which cannot be loaded: {_line(error)}") from None
     if info["missing_keys"]:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from .batches import in_batches
-from .checkpoints import CheckpointError, device
+from .checkpoints import CheckpointError, device, precision
 
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
@@ -36,7 +36,7 @@ class Clip:
 
         def embed(batch: Sequence[Image.Image]) -> torch.Tensor:
             pixels = torch.stack([self.transform(picture) for picture in batch])  # (batch, 3, h, w)
-            return normalize(self.model.encode_image(pixels.to(device(), _input_dtype())).float(), dim=-1)
+            return normalize(self.model.encode_image(pixels.to(device(), precision())).float(), dim=-1)
 
         return in_batches(embed, pictures)
 
@@ -79,9 +79,11 @@ def _model(name: str) -> Any:
     import open_clip
 
     arguments = _arguments(name)
-    precision = "fp16" if device().type == "cuda" else "fp32"
+    name_of_precision = "fp32" if precision() == torch.float32 else "fp16"
     try:
-        model = open_clip.create_model(**arguments, precision=precision, device=device(), require_pretrained=True)
+        model = open_clip.create_model(
+            **arguments, precision=name_of_precision, device=device(), require_pretrained=True
+        )
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, OSError, ValueError, AssertionError, UnpicklingError) as error:
@@ -135,7 +137,3 @@ def _of_file(name: str, given: dict[str, Any]) -> dict[str, Any]:
             f"clip model is {name!r}, whose tags differ in their transforms; accepted: local-dir:FOLDER, with its own"
         )
     return transforms[0]
-
-
-def _input_dtype() -> torch.dtype:
-    return torch.float16 if device().type == "cuda" else torch.float32

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import normalize as standardize
 from torchvision.transforms.functional import to_tensor
 
 from .batches import in_batches, of_equal_size
-from .checkpoints import CheckpointError, device
+from .checkpoints import CheckpointError, device, precision
 from .clip import check_clip, load_clip
 from .model_score import ModelScore
 
@@ -48,7 +48,7 @@ class ClipIqa(ModelScore):
         def embed(batch: Sequence[Image.Image]) -> torch.Tensor:
             pixels = torch.stack([to_tensor(picture) for picture in batch])  # (batch, 3, h, w)
             pixels = standardize(pixels, preprocess["mean"], preprocess["std"])
-            vectors = functional_call(visual, no_position, pixels.to(device(), position.dtype))
+            vectors = functional_call(visual, no_position, pixels.to(device(), precision()))
             return normalize(vectors.float(), dim=-1)
 
         texts = clip.texts(_PROMPTS)  # (2, dim)

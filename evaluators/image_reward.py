@@ -11,7 +11,7 @@ from torch import nn
 
 from .aesthetic import MLP_LAYERS, fold
 from .batches import in_batches
-from .checkpoints import CheckpointError, device, download, load_processor, load_state
+from .checkpoints import CheckpointError, device, download, load_processor, load_state, precision
 from .model_score import ModelScore
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of rewards over the prompts of the authors
@@ -107,10 +107,9 @@ def _load(file: str) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     except (KeyError, RuntimeError) as error:
         sentence = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {where} does not fit; accepted: ImageReward.pt ({sentence})") from None
-    dtype = torch.float16 if device().type == "cuda" else torch.float32
     weight, bias = fold(head, MLP_LAYERS, where)
-    return _ready(vision, dtype), _ready(text, dtype), weight, bias
+    return _ready(vision), _ready(text), weight, bias
 
 
-def _ready(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return model.eval().to(device(), dtype)
+def _ready(model: nn.Module) -> nn.Module:
+    return model.eval().to(device(), precision())

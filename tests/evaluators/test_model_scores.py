@@ -58,10 +58,13 @@ def test_quality_never_reads_the_prompt(family, model_scores):
     assert (evaluator.score(pictures(), PROMPTS) == evaluator.score(pictures(), PROMPTS[::-1])).all()
 
 
-def scores_elsewhere(model_scores: dict[str, str], **environment: str) -> dict[str, list[float]]:
-    """Scores of the same pictures by a process of its own."""
+def scores_elsewhere(model_scores: dict[str, str], first: str = "", **environment: str) -> dict[str, list[float]]:
+    """Scores of the same pictures by a process of its own, which does `first` before anything is loaded."""
     code = """
 import json, sys
+import torch
+from blocktune.evaluators import checkpoints
+FIRST
 import numpy as np
 from blocktune.evaluators import get
 names, prompts, images, reference = json.load(sys.stdin)
@@ -74,7 +77,7 @@ print(json.dumps(scores))
 """
     sent = json.dumps([model_scores, PROMPTS, pictures().tolist(), pictures(1).tolist()])
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code.replace("FIRST", first)],
         input=sent,
         capture_output=True,
         text=True,
@@ -95,6 +98,15 @@ def test_another_process_gives_the_same_scores(model_scores):
     elsewhere = scores_elsewhere(model_scores)
     for key, scores in scores_here(model_scores).items():
         np.testing.assert_allclose(elsewhere[key], scores, rtol=0, atol=1e-5, err_msg=key)
+
+
+def test_half_precision_agrees(model_scores):
+    """What a GPU computes in, here on the CPU."""
+    half = scores_elsewhere(model_scores, "checkpoints.precision = lambda half=torch.float16: half")
+    for key, scores in scores_here(model_scores).items():
+        np.testing.assert_allclose(half[key], scores, rtol=0.02, atol=0.02, err_msg=key)
+        if key != "lpips":  # in float32 everywhere
+            assert half[key] != scores.tolist()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: its scores cannot be held against the CPU's")
