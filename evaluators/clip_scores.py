@@ -17,13 +17,9 @@ from .clip import Clip, check_clip, load_clip
 from .model_score import ModelScore
 
 
-class ClipScore(ModelScore):
-    """100 max(cos, 0) of picture and prompt, in [0, 100]; Hessel et al. 2021 (arXiv:2104.08718) write 2.5 for 100.
+class _OfClip(ModelScore):
+    """By an open_clip model, which the name has to give."""
 
-    The checkpoint is an open_clip model, named as in `clip.py`: `clip_score:ViT-B-32/openai`.
-    """
-
-    family = "clip_score"
     worst = 0.0
 
     def __init__(self, checkpoint: str = ""):
@@ -31,11 +27,20 @@ class ClipScore(ModelScore):
         check_clip(checkpoint)
         self.checkpoint = checkpoint
 
+
+class ClipScore(_OfClip):
+    """100 max(cos, 0) of picture and prompt, in [0, 100]; Hessel et al. 2021 (arXiv:2104.08718) write 2.5 for 100.
+
+    The checkpoint is an open_clip model, named as in `clip.py`: `clip_score:ViT-B-32/openai`.
+    """
+
+    family = "clip_score"
+
     def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         return 100 * load_clip(self.checkpoint).cosines(pictures, prompts).clamp(min=0).numpy()
 
 
-class SiglipScore(ModelScore):
+class SiglipScore(_OfClip):
     """Probability in [0, 1] that picture and prompt belong together: sigmoid(e^scale cos + bias), Zhai et al. 2023.
 
     (arXiv:2303.15343.) The checkpoint is an open_clip model with a logit bias:
@@ -43,12 +48,6 @@ class SiglipScore(ModelScore):
     """
 
     family = "siglip_score"
-    worst = 0.0
-
-    def __init__(self, checkpoint: str = ""):
-        super().__init__(checkpoint)
-        check_clip(checkpoint)
-        self.checkpoint = checkpoint
 
     def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         clip = load_clip(self.checkpoint)

@@ -10,21 +10,28 @@ from PIL import Image
 from .evaluator import Images, check_lengths, image_array
 
 
-class ModelScore(ABC):
-    """One score per picture by a pretrained model, loaded at the first score.
+class _ByModel(ABC):
+    """The checkpoint is part of the name, so that records of different checkpoints cannot be mixed.
 
-    The checkpoint is part of the name, so that records of different checkpoints cannot be mixed; the bare family stands
-    for the published default. A picture with NaN or inf, or of one colour, gets the `worst` value of the scale: models
-    give such pictures middling scores (a black frame beats the worst healthy picture on CLIP, sglang#39714).
+    The bare family stands for the published one. It is loaded at the first score.
     """
 
     family: str
-    direction: Literal["maximize", "minimize"] = "maximize"
-    needs_reference = False
     worst: float  # the worst value that the scale can take
 
     def __init__(self, checkpoint: str = ""):
         self.name = f"{self.family}:{checkpoint}" if checkpoint else self.family
+
+
+class ModelScore(_ByModel):
+    """One score per picture by a pretrained model.
+
+    A picture with NaN or inf, or of one colour, gets the `worst` value of the scale: models give such pictures middling
+    scores (a black frame beats the worst healthy picture on CLIP, sglang#39714).
+    """
+
+    direction: Literal["maximize", "minimize"] = "maximize"
+    needs_reference = False
 
     @abstractmethod
     def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
@@ -41,19 +48,14 @@ class ModelScore(ABC):
         return scores
 
 
-class ModelFidelity(ABC):
-    """How close each picture stays to its reference by a pretrained model, loaded at the first score.
+class ModelFidelity(_ByModel):
+    """How close each picture stays to its reference by a pretrained model.
 
     A picture that cannot be compared (NaN, inf, another size than its reference) gets the `worst` value of the scale.
     """
 
-    family: str
     direction: Literal["maximize", "minimize"]
     needs_reference = True
-    worst: float  # the worst value that the scale can take
-
-    def __init__(self, checkpoint: str = ""):
-        self.name = f"{self.family}:{checkpoint}" if checkpoint else self.family
 
     @abstractmethod
     def compare(self, pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> np.ndarray:
