@@ -1,32 +1,37 @@
 """Running a model over any number of rows in batches that fit."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
+T = TypeVar("T")
 
-def in_batches(function: Callable[[Sequence[Any]], torch.Tensor], rows: Sequence[Any], size: int = 32) -> torch.Tensor:
-    """`function` of `size` rows at a time without gradients, its results put together: float32 `(n, …)` on the CPU.
+
+def each_in_batches(function: Callable[[Sequence[Any]], Iterable[T]], rows: Sequence[Any], size: int = 32) -> list[T]:
+    """`function` of `size` rows at a time without gradients, which gives one result per row: all in order.
 
     When the device's memory runs out the batch is halved, down to one row; then torch.OutOfMemoryError is raised.
     """
-    results = []
-    start = 0
+    results: list[T] = []
     with torch.inference_mode():
-        while start < len(rows):
-            batch = rows[start : start + size]
-            result = _attempt(function, batch)
-            if result is None:
+        while len(results) < len(rows):
+            batch = rows[len(results) : len(results) + size]
+            found = _attempt(function, batch)
+            if found is None:
                 size = len(batch) // 2
                 continue
-            results.append(result.float().cpu())
-            start += len(batch)
-    return torch.cat(results)
+            results += found
+    return results
 
 
-def _attempt(function: Callable[[Sequence[Any]], torch.Tensor], batch: Sequence[Any]) -> torch.Tensor | None:
+def in_batches(function: Callable[[Sequence[Any]], torch.Tensor], rows: Sequence[Any], size: int = 32) -> torch.Tensor:
+    """The tensors that `function` gives for one row or more, as one of all rows: float32 `(n, …)` on the CPU."""
+    return torch.stack(each_in_batches(lambda batch: function(batch).float().cpu(), rows, size))
+
+
+def _attempt(function: Callable[[Sequence[Any]], Iterable[T]], batch: Sequence[Any]) -> Iterable[T] | None:
     try:
         return function(batch)
     except torch.OutOfMemoryError:

@@ -26,17 +26,20 @@ def precision(half: torch.dtype = torch.float16) -> torch.dtype:
 
 
 @cache
-def load_pretrained(model_class: Any, checkpoint: str, half: torch.dtype = torch.float16) -> Any:
+def load_pretrained(
+    model_class: Any, checkpoint: str, half: torch.dtype = torch.float16, unused: tuple[str, ...] = ()
+) -> Any:
     """A transformers model in evaluation mode from a hub id or a folder; `half` is its dtype on a GPU.
 
-    Raises CheckpointError when there is no such checkpoint, or when the checkpoint lacks weights of the model.
+    Raises CheckpointError when there is no such checkpoint, or when the checkpoint lacks weights of the model other
+    than those that begin with `unused`, which the model has and does not compute with.
     """
     try:
         model, info = model_class.from_pretrained(checkpoint, dtype=precision(half), output_loading_info=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint is {checkpoint!r}, which cannot be loaded: {_line(error)}") from None
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
+    if missing:
         raise CheckpointError(
             f"checkpoint {checkpoint!r} lacks {len(missing)} weights of {type(model).__name__}, as {missing[0]}"
         )

@@ -1,12 +1,11 @@
 """The colour of a detected object by zero-shot CLIP, as GenEval names it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .clip_model import ClipModel
+from .clip import check_clip, load_clip
 from .detection import Detection
 from .template import COLORS
 
@@ -17,15 +16,16 @@ TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {labe
 class ColorNamer:
     """The nearest of ten colours: their vectors are the means of three sentences each, made of the object's class."""
 
-    def __init__(self, clip: str | Path):
-        self.clip = ClipModel(clip)
+    def __init__(self, clip: str):
+        check_clip(clip)
+        self.clip = clip
         self._colors: dict[str, np.ndarray] = {}
 
     def name(self, picture: Image.Image, detections: Sequence[Detection]) -> list[str]:
         """One of `COLORS` per detection, of its box cut out of `picture`; the first of equally near ones."""
         if not detections:
             return []
-        vectors = self.clip.of_pictures([crop(picture, detection) for detection in detections])  # (n, dim)
+        vectors = load_clip(self.clip).images([crop(picture, d) for d in detections]).double().numpy()  # (n, dim)
         near = [self.of_label(d.label) @ vector for d, vector in zip(detections, vectors, strict=True)]
         return [COLORS[int(similarity.argmax())] for similarity in near]
 
@@ -33,7 +33,8 @@ class ColorNamer:
         """`(colours, dim)`, of length 1 each."""
         if label not in self._colors:
             texts = [template.format(color=color, label=label) for color in COLORS for template in TEMPLATES]
-            means = self.clip.of_texts(texts).reshape(len(COLORS), len(TEMPLATES), -1).mean(axis=1)
+            vectors = load_clip(self.clip).texts(texts).double().numpy()
+            means = vectors.reshape(len(COLORS), len(TEMPLATES), -1).mean(axis=1)
             self._colors[label] = means / np.linalg.norm(means, axis=1, keepdims=True)
         return self._colors[label]
 

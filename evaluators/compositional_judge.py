@@ -23,7 +23,7 @@ class Compositional:
     direction: Literal["maximize", "minimize"] = "maximize"
     needs_reference = False
 
-    def __init__(self, detector: str | Path = SWIN_S, clip: str | Path = CLIP, blip: str | Path = BLIP):
+    def __init__(self, detector: str | Path = SWIN_S, clip: str = CLIP, blip: str = BLIP):
         self.geneval = GenEval(detector=detector, clip=clip)
         self.attribute = Attribute(blip)
 

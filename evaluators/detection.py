@@ -1,7 +1,7 @@
 """Objects found in pictures: what a detection is, and the two detectors that benchmarks' rules are fed by.
 
 `InstanceDetector`: fixed classes, a mask each (Mask2Former). `OpenDetector`: boxes of whatever words ask for (OWLv2).
-Both load when first used, compute in float32 on the device at hand, and never pad a picture to another's size.
+Both load when first used, compute in float32 also on a GPU, and never pad a picture to another's size.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .pictures import batches
-from .pretrained import load_pretrained
+from .batches import each_in_batches, of_equal_size
+from .checkpoints import device, load_pretrained, load_processor
 from .template import CLASSES
 
 # spellings of COCO's classes in checkpoints, by GenEval's names
@@ -63,36 +63,45 @@ class InstanceDetector:
         self.batch = batch
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any, torch.device]:
-        return load_pretrained("Mask2FormerForUniversalSegmentation", "AutoImageProcessor", self.checkpoint)
+    def model(self) -> Any:
+        from transformers import Mask2FormerForUniversalSegmentation
+
+        # the loss's weights, of training alone
+        return load_pretrained(
+            Mask2FormerForUniversalSegmentation, self.checkpoint, torch.float32, unused=("criterion.",)
+        )
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """Names of the classes in the checkpoint's order, COCO's by GenEval's spelling."""
-        names: dict[int, str] = self._loaded[0].config.id2label
+        names: dict[int, str] = self.model.config.id2label
         return tuple(_ALIASES.get(names[i], names[i]) for i in range(len(names)))
 
     def is_swin_s_of_coco(self) -> bool:
         """Whether the checkpoint has the architecture and as many classes as GenEval's detector."""
-        backbone = self._loaded[0].config.backbone_config
+        backbone = self.model.config.backbone_config
         shape = getattr(backbone, "embed_dim", None), list(getattr(backbone, "depths", ()))
         return shape == (96, [2, 2, 18, 2]) and len(self.labels) == len(CLASSES)
 
-    @torch.inference_mode()
     def detect(self, pictures: Sequence[Image.Image], wanted: Sequence[AbstractSet[str]]) -> list[list[Detection]]:
         """Per picture, all detections of the classes `wanted` there, whatever their score."""
-        model, processor, device = self._loaded
-        found: list[list[Detection]] = [[] for _ in pictures]
-        for indices in batches(pictures, self.batch):
+        from transformers import AutoImageProcessor
+
+        model, processor = self.model, load_processor(AutoImageProcessor, self.checkpoint)
+
+        def found_in(indices: Sequence[int]) -> list[list[Detection]]:
             images = [pictures[i] for i in indices]
             pixels = processor(
                 images, size=self.size, size_divisor=32, do_resize=True, return_tensors="pt"
             ).pixel_values
-            output = model(pixels.to(device))
-            for i, classes, masks in zip(
-                indices, output.class_queries_logits, output.masks_queries_logits, strict=True
-            ):
-                found[i] = self._read(classes, masks, pictures[i].size, wanted[i])
+            output = model(pixels.to(device()))
+            queries = zip(indices, output.class_queries_logits, output.masks_queries_logits, strict=True)
+            return [self._read(classes, masks, pictures[i].size, wanted[i]) for i, classes, masks in queries]
+
+        found: list[list[Detection]] = [[] for _ in pictures]
+        for group in of_equal_size(pictures):
+            for i, detections in zip(group, each_in_batches(found_in, group, self.batch), strict=True):
+                found[i] = detections
         return found
 
     def _read(
@@ -127,32 +136,34 @@ class OpenDetector:
         self.threshold = threshold
         self.batch = batch
 
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any, torch.device]:
-        return load_pretrained("Owlv2ForObjectDetection", "Owlv2Processor", self.checkpoint)
-
-    @torch.inference_mode()
     def detect(self, pictures: Sequence[Image.Image], wanted: Sequence[Sequence[str]]) -> list[list[Detection]]:
         """Per picture, detections of the words `wanted` there, best first."""
-        model, processor, device = self._loaded
-        found: list[list[Detection]] = [[] for _ in pictures]
-        asked = [i for i in range(len(pictures)) if wanted[i]]
-        for chosen in batches([pictures[i] for i in asked], self.batch):
-            indices = [asked[i] for i in chosen]
+        from transformers import Owlv2ForObjectDetection, Owlv2Processor
+
+        model = load_pretrained(Owlv2ForObjectDetection, self.checkpoint, torch.float32)
+        processor = load_processor(Owlv2Processor, self.checkpoint)
+        length = model.config.text_config.max_position_embeddings
+
+        def found_in(indices: Sequence[int]) -> list[list[Detection]]:
             words = max(len(wanted[i]) for i in indices)
             texts = [f"a photo of a {word}" for i in indices for word in [*wanted[i], *[""] * (words - len(wanted[i]))]]
-            length = model.config.text_config.max_position_embeddings
             tokens = processor.tokenizer(
                 texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
             )
+            # a square each, so that pictures of any size stand in one batch
             pixels = processor.image_processor([pictures[i] for i in indices], return_tensors="pt").pixel_values
             output = model(
-                input_ids=tokens.input_ids.to(device),
-                attention_mask=tokens.attention_mask.to(device),
-                pixel_values=pixels.to(device),
+                input_ids=tokens.input_ids.to(device()),
+                attention_mask=tokens.attention_mask.to(device()),
+                pixel_values=pixels.to(device()),
             )
-            for i, logits, boxes in zip(indices, output.logits, output.pred_boxes, strict=True):
-                found[i] = self._read(logits[:, : len(wanted[i])], boxes, pictures[i].size, wanted[i])
+            boxes = zip(indices, output.logits, output.pred_boxes, strict=True)
+            return [self._read(logits[:, : len(wanted[i])], b, pictures[i].size, wanted[i]) for i, logits, b in boxes]
+
+        asked = [i for i in range(len(pictures)) if wanted[i]]
+        found: list[list[Detection]] = [[] for _ in pictures]
+        for i, detections in zip(asked, each_in_batches(found_in, asked, self.batch), strict=True):
+            found[i] = detections
         return found
 
     def _read(

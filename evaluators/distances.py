@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from .evaluator import Images
-from .model_score import as_picture
+from .pictures import as_picture
 
 Embed = Callable[[Sequence[Image.Image]], torch.Tensor]
 _SIGMA, _SCALE = 10.0, 1000.0

@@ -5,7 +5,6 @@ evaluators that detect, name colours and judge. The original's numbers come from
 checkpoint than Mask2Former Swin-S for COCO the evaluators call themselves `geneval-style`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +16,15 @@ from PIL import Image
 from .color import ColorNamer
 from .detection import Detection, InstanceDetector
 from .evaluator import Images, check_lengths
+from .metadata import read_metadata
 from .pictures import sane_pictures
-from .template import COLORS, RELATIONS, metadata_of
+from .template import COLORS, metadata_of
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16  # of one class
 MARGIN = 0.1  # of both objects' sizes, taken off their distance
 SWIN_S = "facebook/mask2former-swin-small-coco-instance"
-CLIP = "ViT-L-14-quickgelu/openai"
+CLIP = "ViT-L-14/openai"
 _ALMOST = 0.95  # the most that a picture earns which is not right
 
 
@@ -147,8 +147,8 @@ class GenEval:
     """Evaluator `geneval`: the dense score. A picture that is not `sane` scores 0.
 
     What a prompt asks for stands in `metadata`, a file of GenEval's own format, or is read from GenEval's sentence
-    template; any other prompt is refused with a ValueError. `detector` and `clip` are hub ids or paths, loaded on first
-    use. Needs open_clip.
+    template; any other prompt is refused with a ValueError. `detector` is a hub id or a folder, `clip` named
+    as in `clip.py`; both are loaded on first use.
     """
 
     name: str
@@ -156,7 +156,7 @@ class GenEval:
     needs_reference = False
     suffix = ""
 
-    def __init__(self, metadata: str | Path | None = None, detector: str | Path = SWIN_S, clip: str | Path = CLIP):
+    def __init__(self, metadata: str | Path | None = None, detector: str | Path = SWIN_S, clip: str = CLIP):
         self.metadata = read_metadata(metadata) if metadata is not None else {}
         self.detector = InstanceDetector(detector)
         self.colors = ColorNamer(clip)
@@ -178,7 +178,7 @@ class GenEval:
             if unseen:
                 accepted = f"the classes of {self.detector.checkpoint}"
                 raise ValueError(f"prompt {prompt!r} asks for {unseen[0]!r}; accepted: {accepted}")
-        pictures = {i: picture for i, picture in enumerate(sane_pictures(images)) if picture is not None}
+        pictures = sane_pictures(images)
         found = self.detector.detect(list(pictures.values()), [classes[i] for i in pictures])
         judgements = [Judgement(False, 0.0, "not a sane picture")] * len(asked)
         for i, detections in zip(pictures, found, strict=True):
@@ -213,43 +213,3 @@ class GenEvalBinary(GenEval):
         """float64 `(n,)`, 0 or 1."""
         check_lengths(images, prompts, reference)
         return np.array([judgement.correct for judgement in self.judge(images, prompts)], dtype=np.float64)
-
-
-def read_metadata(path: str | Path) -> dict[str, dict[str, Any]]:
-    """GenEval's `evaluation_metadata.jsonl`, by prompt. ValueError names file, line and field of what is not of it."""
-    table = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            metadata = _checked(line, f"{path}:{number}")
-            table[metadata["prompt"]] = metadata
-    if not table:
-        raise ValueError(f"{path} holds no metadata; accepted: one JSON object per line")
-    return table
-
-
-def _checked(line: str, where: str) -> dict[str, Any]:
-    try:
-        metadata = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}); accepted: an object with tag, include and prompt") from None
-    if not isinstance(metadata, dict) or not all(isinstance(metadata.get(k), str) for k in ("tag", "prompt")):
-        raise ValueError(f"{where} is {line.strip()[:80]!r}; accepted: an object with tag, include and prompt")
-    for key in ("include", "exclude"):
-        for i, clause in enumerate(metadata.get(key, [])):
-            field = f"{where}: {key}[{i}]"
-            if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
-                raise ValueError(f"{field} is {clause!r}; accepted: an object with class and count")
-            if type(clause.get("count")) is not int or clause["count"] < 1:
-                raise ValueError(f"{field}.count is {clause.get('count')!r}; accepted: 1 or more")
-            if "color" in clause and clause["color"] not in COLORS:
-                raise ValueError(f"{field}.color is {clause['color']!r}; accepted: {', '.join(COLORS)}")
-            if "position" in clause and not _places(clause["position"], i):
-                raise ValueError(f"{field}.position is {clause['position']!r}; accepted: [relation, an earlier clause]")
-    return metadata
-
-
-def _places(position: Any, clause: int) -> bool:
-    match position:
-        case [str(relation), int(target)]:
-            return relation in RELATIONS and 0 <= target < clause
-    return False

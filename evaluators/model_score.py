@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from .evaluator import Images, check_lengths, image_array
+from .evaluator import Images, check_lengths
+from .pictures import as_picture, sane_pictures
 
 
 class _ByModel(ABC):
@@ -17,35 +18,38 @@ class _ByModel(ABC):
     """
 
     family: str
-    worst: float  # the worst value that the scale can take
 
     def __init__(self, checkpoint: str = ""):
         self.name = f"{self.family}:{checkpoint}" if checkpoint else self.family
 
 
-class ModelScore(_ByModel):
-    """One score per picture by a pretrained model.
+class PictureScore(ABC):
+    """One score per picture that is `sane`, the `worst` value of the scale for any other.
 
-    A picture with NaN or inf, or of one colour, gets the `worst` value of the scale: models give such pictures middling
-    scores (a black frame beats the worst healthy picture on CLIP, sglang#39714).
+    Models give such pictures middling scores: a black frame beats the worst healthy picture on CLIP (sglang#39714).
     """
 
+    name: str
+    worst: float  # the worst value that the scale can take
     direction: Literal["maximize", "minimize"] = "maximize"
     needs_reference = False
 
     @abstractmethod
-    def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+    def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[float] | np.ndarray:
         """Scores `(n,)` of RGB pictures, one or more, each with its prompt."""
 
     def score(self, images: Images, prompts: Sequence[str], reference: Images | None = None) -> np.ndarray:
-        """Scores of `images`, float64 `(n,)`. Raises CheckpointError when the checkpoint cannot be loaded."""
+        """Scores of `images`, float64 `(n,)`. Raises CheckpointError when a checkpoint cannot be loaded."""
         check_lengths(images, prompts, reference)
-        pictures = [as_picture(image) for image in images]
-        kept = {i: picture for i, picture in enumerate(pictures) if picture is not None and not _flat(picture)}
-        scores = np.full(len(pictures), self.worst if len(kept) < len(pictures) else np.nan)
-        if kept:
-            scores[list(kept)] = self.judge(list(kept.values()), [prompts[i] for i in kept])
+        pictures = sane_pictures(images)
+        scores = np.full(len(images), self.worst if len(pictures) < len(images) else np.nan)
+        if pictures:
+            scores[list(pictures)] = self.judge(list(pictures.values()), [prompts[i] for i in pictures])
         return scores
+
+
+class ModelScore(_ByModel, PictureScore):
+    """One score per picture by a pretrained model, which its name tells."""
 
 
 class ModelFidelity(_ByModel):
@@ -54,6 +58,7 @@ class ModelFidelity(_ByModel):
     A picture that cannot be compared (NaN, inf, another size than its reference) gets the `worst` value of the scale.
     """
 
+    worst: float
     direction: Literal["maximize", "minimize"]
     needs_reference = True
 
@@ -72,17 +77,3 @@ class ModelFidelity(_ByModel):
         if kept:
             scores[list(kept)] = self.compare([a for a, _ in kept.values()], [b for _, b in kept.values()])
         return scores
-
-
-def as_picture(image: Image.Image | np.ndarray) -> Image.Image | None:
-    """An RGB picture of 8 bits, floats clipped to [0, 1] and rounded; None for one with NaN or inf, or no pixels."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    pixels = image_array(image)
-    if pixels.size == 0 or not np.isfinite(pixels).all():
-        return None
-    return Image.fromarray(np.uint8(np.round(pixels.clip(0, 1) * 255)))
-
-
-def _flat(picture: Image.Image) -> bool:
-    return bool(np.ptp(np.asarray(picture), axis=(0, 1)).max() == 0)

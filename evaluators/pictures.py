@@ -1,6 +1,4 @@
-"""Pictures for models: PIL, and only those in order; batches of one size."""
-
-from collections.abc import Iterator, Sequence
+"""Pictures as models take them: PIL, RGB, 8 bits, and only those in order."""
 
 import numpy as np
 from PIL import Image
@@ -9,20 +7,18 @@ from .evaluator import Images, image_array
 from .sanity import Sane
 
 
-def sane_pictures(images: Images) -> list[Image.Image | None]:
-    """Each picture as 8-bit PIL, or None where `sane` scores 0: models give black, NaN or flat ones any score."""
+def as_picture(image: Image.Image | np.ndarray) -> Image.Image | None:
+    """An RGB picture of 8 bits, floats clipped to [0, 1] and rounded; None for one with NaN or inf, or no pixels."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    pixels = image_array(image)
+    if pixels.size == 0 or not np.isfinite(pixels).all():
+        return None
+    return Image.fromarray(np.uint8(np.round(pixels.clip(0, 1) * 255)))
+
+
+def sane_pictures(images: Images) -> dict[int, Image.Image]:
+    """By their position, the pictures that `sane` finds in order: models give black, NaN or flat ones any score."""
     sane = Sane().score(images, [""] * len(images))
-    return [
-        Image.fromarray((image_array(image).clip(0, 1) * 255).round().astype(np.uint8)) if ok else None
-        for image, ok in zip(images, sane, strict=True)
-    ]
-
-
-def batches(pictures: Sequence[Image.Image], size: int) -> Iterator[list[int]]:
-    """Indices of `pictures`, at most `size` at a time, of one width and height, so that none is padded to another."""
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for i, picture in enumerate(pictures):
-        by_size.setdefault(picture.size, []).append(i)
-    for indices in by_size.values():
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
+    found = {i: as_picture(image) for i, image in enumerate(images) if sane[i]}
+    return {i: picture for i, picture in found.items() if picture is not None}

@@ -9,7 +9,7 @@ import json
 from itertools import cycle, islice
 from pathlib import Path
 
-from .geneval import read_metadata
+from .metadata import read_metadata
 from .prompts import Prompt, load_prompts
 
 _SPLIT_NAMES = ("_val", "_train")

@@ -6,141 +6,71 @@ with UniDet, which no library carries on: here it is OWLv2, told which words to 
 detected categories are of the benchmark's style and not its own. BLIP, DPT and CLIP are the original's.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from . import t2i_compbench as rules
-from .clip_model import ClipModel
+from .batches import each_in_batches
+from .checkpoints import device, load_pretrained, load_processor
+from .clip import check_clip, load_clip
 from .detection import Detection, OpenDetector
-from .evaluator import Images, check_lengths
+from .model_score import PictureScore
 from .phrases import phrases_of
-from .pictures import batches, sane_pictures
-from .pretrained import load_pretrained
+from .vqa import ask
 
 OWL = "google/owlv2-base-patch16-ensemble"
 BLIP = "Salesforce/blip-vqa-base"
 DPT = "Intel/dpt-hybrid-midas"
-CLIP = "ViT-B-32-quickgelu/openai"
-
-
-class BlipVqa:
-    """P(yes) of a yes-or-no question by a BLIP VQA checkpoint, hub id or path, at 480 x 480 pixels.
-
-    Of the first word of the answer alone: p(yes) / (p(yes) + p(no)). A question begins with BLIP's own token for
-    encoding, not with BERT's, and is cut at 35 tokens.
-    """
-
-    def __init__(self, checkpoint: str | Path = BLIP, size: int = 480, batch: int = 8):
-        self.checkpoint = str(checkpoint)
-        self.size = size
-        self.batch = batch
-
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any, torch.device]:
-        return load_pretrained("BlipForQuestionAnswering", "BlipProcessor", self.checkpoint)
-
-    @torch.inference_mode()
-    def yes(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Per picture, one probability per question."""
-        model, processor, device = self._loaded
-        words = processor.tokenizer.convert_tokens_to_ids(["yes", "no"])
-        answers = [[0.0] * len(asked) for asked in questions]
-        size = {"height": self.size, "width": self.size}
-        for start in range(0, len(pictures), self.batch):
-            pixels = processor.image_processor(pictures[start : start + self.batch], size=size, return_tensors="pt")
-            seen = model.vision_model(pixels.pixel_values.to(device), interpolate_pos_encoding=True).last_hidden_state
-            for rows in self._of_one_length(questions[start : start + self.batch]):
-                states = seen[[picture for picture, _, _ in rows]]  # (rows, patches, dim)
-                logits = self._answer(states, torch.tensor([ids for _, _, ids in rows], device=device))
-                likely = logits[:, words].softmax(-1)[:, 0].tolist()
-                for (picture, question, _), p in zip(rows, likely, strict=True):
-                    answers[start + picture][question] = p
-        return answers
-
-    def _of_one_length(self, questions: Sequence[Sequence[str]]) -> list[list[tuple[int, int, list[int]]]]:
-        """(picture, question, tokens) in groups of as many tokens each.
-
-        None is padded: the answer would hear the padding, which transformers 5.23 does not mask from it.
-        """
-        model, processor, _ = self._loaded
-        groups: dict[int, list[tuple[int, int, list[int]]]] = {}
-        for picture, asked in enumerate(questions):
-            for number, question in enumerate(asked):
-                ids = processor.tokenizer(question, truncation=True, max_length=35).input_ids
-                ids[0] = model.config.text_config.vocab_size - 1  # [ENC], the last that BLIP adds to BERT's vocabulary
-                groups.setdefault(len(ids), []).append((picture, number, ids))
-        return list(groups.values())
-
-    def _answer(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of the first word `(rows, vocabulary)`; pictures are `(rows, patches, dim)`, ids `(rows, tokens)`."""
-        model = self._loaded[0]
-        encoded = model.text_encoder(input_ids=ids, encoder_hidden_states=states).last_hidden_state
-        begin = torch.full((len(ids), 1), model.config.text_config.bos_token_id, device=ids.device)
-        return model.text_decoder(input_ids=begin, encoder_hidden_states=encoded).logits[:, 0]
+CLIP = "ViT-B-32/openai"
+PIXELS = 480  # of a side, as BLIP and DPT see pictures there
 
 
 class DepthEstimator:
     """Depth by a DPT checkpoint, hub id or path, at 480 x 480 pixels: larger where nearer, as MiDaS says it."""
 
-    def __init__(self, checkpoint: str | Path = DPT, size: int = 480, batch: int = 8):
+    def __init__(self, checkpoint: str | Path = DPT, pixels: int = PIXELS, batch: int = 8):
         self.checkpoint = str(checkpoint)
-        self.size = size
+        self.pixels = pixels
         self.batch = batch
 
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any, torch.device]:
-        return load_pretrained("DPTForDepthEstimation", "AutoImageProcessor", self.checkpoint)
-
-    @torch.inference_mode()
     def depths(self, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
         """Per picture `(h, w)` of the rules' frame, in [0, 1] over the picture, in steps of 1 / 255 as there."""
-        model, processor, device = self._loaded
-        # the hybrid stretches its positions to any size, but refuses all that are not said here
-        model.dpt.embeddings.image_size = (self.size, self.size)
-        found: list[np.ndarray] = [np.empty((0, 0))] * len(pictures)
-        size = {"height": self.size, "width": self.size}
-        for indices in batches(pictures, self.batch):
-            images = [pictures[i] for i in indices]
-            pixels = processor(images, size=size, keep_aspect_ratio=False, return_tensors="pt").pixel_values
-            for i, depth in zip(indices, model(pixels.to(device)).predicted_depth, strict=True):
-                span = depth.max() - depth.min()
-                depth = (depth - depth.min()) / span if span > 0 else torch.zeros_like(depth)
-                width, height = pictures[i].size
-                full = torch.nn.functional.interpolate(
-                    depth[None, None], (height, width), mode="bilinear", align_corners=True
-                )[0, 0]
-                grey = Image.fromarray((255 * full.cpu().numpy()).astype(np.uint8))
-                scale = rules.frame_scale(width, height)
-                found[i] = np.asarray(grey.resize((round(width * scale), round(height * scale)), 2), np.float64) / 255
-        return found
+        from transformers import AutoImageProcessor, DPTForDepthEstimation
+
+        # the deepest layer has nothing before it to add, and so no weights for that in any checkpoint
+        unused = ("neck.fusion_stage.layers.0.residual_layer1.",)
+        model = load_pretrained(DPTForDepthEstimation, self.checkpoint, torch.float32, unused)
+        processor = load_processor(AutoImageProcessor, self.checkpoint)
+        size = {"height": self.pixels, "width": self.pixels}
+
+        def depths_of(batch: Sequence[Image.Image]) -> list[np.ndarray]:
+            # the hybrid stretches its positions to any size, but refuses all that are not said here
+            model.dpt.embeddings.image_size = (self.pixels, self.pixels)
+            pixels = processor(list(batch), size=size, keep_aspect_ratio=False, return_tensors="pt").pixel_values
+            depths = model(pixels.to(device())).predicted_depth  # (batch, pixels, pixels)
+            return [_in_frame(depth, picture.size) for depth, picture in zip(depths, batch, strict=True)]
+
+        return each_in_batches(depths_of, pictures, self.batch)
 
 
-class _Rule(ABC):
-    """One category: its rule over sane pictures."""
+def _in_frame(depth: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    span = depth.max() - depth.min()
+    depth = (depth - depth.min()) / span if span > 0 else torch.zeros_like(depth)
+    width, height = size
+    full = torch.nn.functional.interpolate(depth[None, None], (height, width), mode="bilinear", align_corners=True)
+    grey = Image.fromarray((255 * full[0, 0].cpu().numpy()).astype(np.uint8))
+    scale = rules.frame_scale(width, height)
+    return np.asarray(grey.resize((round(width * scale), round(height * scale)), 2), np.float64) / 255
 
-    name: str
-    direction: Literal["maximize", "minimize"] = "maximize"
-    needs_reference = False
 
-    def score(self, images: Images, prompts: Sequence[str], reference: Images | None = None) -> np.ndarray:
-        """float64 `(n,)` in [0, 1]; CLIP's cosines in [-1, 1]."""
-        check_lengths(images, prompts, reference)
-        pictures = {i: picture for i, picture in enumerate(sane_pictures(images)) if picture is not None}
-        scores = np.zeros(len(prompts))
-        if pictures:
-            scores[list(pictures)] = self.of_sane(list(pictures.values()), [prompts[i] for i in pictures])
-        return scores
+class _Rule(PictureScore):
+    """One category: its rule over sane pictures, in [0, 1]; CLIP's cosines in [-1, 1]."""
 
-    @abstractmethod
-    def of_sane(self, pictures: list[Image.Image], prompts: list[str]) -> Sequence[float] | np.ndarray:
-        """One score per picture."""
+    worst = 0.0
 
 
 class Attribute(_Rule):
@@ -148,19 +78,21 @@ class Attribute(_Rule):
 
     name = "t2i_attribute"
 
-    def __init__(self, blip: str | Path = BLIP):
-        self.blip = BlipVqa(blip)
+    def __init__(self, blip: str = BLIP, pixels: int = PIXELS):
+        self.blip = blip
+        self.pixels = pixels
 
-    def of_sane(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
+    def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         asked = [rules.questions(phrases_of(prompt)) for prompt in prompts]
-        return [rules.attribute(probabilities) for probabilities in self.blip.yes(pictures, asked)]
+        answers = ask(self.blip, pictures, asked, self.pixels)
+        return [rules.attribute(answer.tolist()) for answer in answers]
 
 
 class _Detected(_Rule):
     def __init__(self, detector: str | Path = OWL):
         self.detector = OpenDetector(detector)
 
-    def in_frame(self, pictures: list[Image.Image], words: list[list[str]]) -> list[list[Detection]]:
+    def in_frame(self, pictures: Sequence[Image.Image], words: list[list[str]]) -> list[list[Detection]]:
         """What is found of `words`, boxes in the rules' frame."""
         found = self.detector.detect(pictures, words)
         scales = [rules.frame_scale(*picture.size) for picture in pictures]
@@ -176,7 +108,7 @@ class Spatial(_Detected):
         super().__init__(detector)
         self.ends = rules.ends_around if complex_prompts else rules.ends_of
 
-    def of_sane(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
+    def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         ends = [self.ends(phrases_of(prompt)) for prompt in prompts]
         found = self.in_frame(pictures, [list(dict.fromkeys(pair or ())) for pair in ends])
         asked = zip(prompts, ends, found, strict=True)
@@ -192,7 +124,7 @@ class Spatial3d(_Detected):
         super().__init__(detector)
         self.depth = DepthEstimator(depth)
 
-    def of_sane(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
+    def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         ends = [rules.ends_of(phrases_of(prompt)) for prompt in prompts]
         found = self.in_frame(pictures, [list(dict.fromkeys(pair or ())) for pair in ends])
         relations = [rules.relation_of(prompt, rules.RELATIONS_3D) for prompt in prompts]
@@ -205,7 +137,7 @@ class Numeracy(_Detected):
 
     name = "t2i_numeracy"
 
-    def of_sane(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
+    def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         asked = [rules.counted(phrases_of(prompt).words) for prompt in prompts]
         found = self.in_frame(pictures, [rules.names_of(counted) for counted in asked])
         return [rules.numeracy(counted, seen) for counted, seen in zip(asked, found, strict=True)]
@@ -216,11 +148,12 @@ class NonSpatial(_Rule):
 
     name = "t2i_non_spatial"
 
-    def __init__(self, clip: str | Path = CLIP):
-        self.clip = ClipModel(clip)
+    def __init__(self, clip: str = CLIP):
+        check_clip(clip)
+        self.clip = clip
 
-    def of_sane(self, pictures: list[Image.Image], prompts: list[str]) -> np.ndarray:
-        return (self.clip.of_pictures(pictures) * self.clip.of_texts(prompts)).sum(axis=1)
+    def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        return load_clip(self.clip).cosines(pictures, prompts).double().numpy()
 
 
 class Complex(_Rule):
@@ -234,9 +167,9 @@ class Complex(_Rule):
 
     def __init__(
         self,
-        blip: str | Path = BLIP,
+        blip: str = BLIP,
         detector: str | Path = OWL,
-        clip: str | Path = CLIP,
+        clip: str = CLIP,
         spatial_list: str | Path | None = None,
         action_list: str | Path | None = None,
     ):
@@ -246,10 +179,10 @@ class Complex(_Rule):
         lists = {"action": action_list, "spatial": spatial_list}  # spatial is asked first, so it is written last
         self.lists = {text: name for name, path in lists.items() if path for text in _sentences(path)}
 
-    def of_sane(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
-        actions = self.clip.of_sane(pictures, [rules.without_adjectives(phrases_of(prompt)) for prompt in prompts])
+    def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        actions = self.clip.judge(pictures, [rules.without_adjectives(phrases_of(prompt)) for prompt in prompts])
         scores = zip(
-            self.attribute.of_sane(pictures, prompts), self.spatial.of_sane(pictures, prompts), actions, strict=True
+            self.attribute.judge(pictures, prompts), self.spatial.judge(pictures, prompts), actions, strict=True
         )
         lists = [self.lists.get(_sentence(prompt)) for prompt in prompts]
         return [rules.three_in_one(*three, listed) for three, listed in zip(scores, lists, strict=True)]

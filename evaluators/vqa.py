@@ -6,7 +6,7 @@ template (Qwen/Qwen2.5-VL-7B-Instruct) or BLIP (Salesforce/blip-vqa-capfilt-larg
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from .batches import in_batches
+from .blip import Blip
 from .checkpoints import CheckpointError, device, load_pretrained, load_processor
 from .model_score import ModelScore
 
@@ -40,8 +41,8 @@ class VqaScore(ModelScore):
         self.checkpoint = checkpoint
 
     def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-        questions = [f'Does this figure show "{prompt}"? Please answer yes or no.' for prompt in prompts]
-        return ask(self.checkpoint, pictures, questions)
+        questions = [[f'Does this figure show "{prompt}"? Please answer yes or no.'] for prompt in prompts]
+        return np.concatenate(ask(self.checkpoint, pictures, questions))
 
 
 class VqaAttributes(ModelScore):
@@ -69,10 +70,7 @@ class VqaAttributes(ModelScore):
             raise ValueError(
                 f"prompts has {unknown[0]!r}, on which {self.name} has no question; accepted: prompts of its file"
             )
-        counts = [len(self._questions[prompt]) for prompt in prompts]
-        asked = [question for prompt in prompts for question in self._questions[prompt]]
-        shown = [picture for picture, count in zip(pictures, counts, strict=True) for _ in range(count)]
-        answers = np.split(ask(self.checkpoint, shown, asked), np.cumsum(counts)[:-1])
+        answers = ask(self.checkpoint, pictures, [self._questions[prompt] for prompt in prompts])
         return np.array([answer.mean() for answer in answers])
 
 
@@ -105,16 +103,22 @@ def _record(line: str) -> Any:
         return None
 
 
-def ask(checkpoint: str, pictures: Sequence[Image.Image], questions: Sequence[str]) -> np.ndarray:
-    """P(yes) over yes and no to each question on its picture, float64 `(n,)`."""
-    logits = _first_word(checkpoint)
+def ask(
+    checkpoint: str, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]], pixels: int | None = None
+) -> list[np.ndarray]:
+    """Per picture, P(yes) over yes and no to each of its questions, float64; `pixels` is what `Blip` has."""
+    rows = [(picture, question) for picture, asked in zip(pictures, questions, strict=True) for question in asked]
+    if not rows:
+        return [np.empty(0) for _ in pictures]
+    model = Blip(checkpoint, pixels) if _is_blip(checkpoint) else _Chat(checkpoint)
     yes, no = _answers(checkpoint)
 
     def scores(batch: Sequence[tuple[Image.Image, str]]) -> torch.Tensor:
-        words = logits([picture for picture, _ in batch], [question for _, question in batch]).float()  # (batch, words)
+        words = model.first_word(*zip(*batch, strict=True)).float()  # (batch, vocabulary)
         return torch.sigmoid(words[:, yes].logsumexp(dim=-1) - words[:, no].logsumexp(dim=-1))
 
-    return in_batches(scores, list(zip(pictures, questions, strict=True)), size=_BATCH).double().numpy()
+    answers = in_batches(scores, rows, size=_BATCH).double().numpy()
+    return np.split(answers, np.cumsum([len(asked) for asked in questions])[:-1])
 
 
 @cache
@@ -146,18 +150,19 @@ def _answers(checkpoint: str) -> tuple[list[int], list[int]]:
     return sorted(set(yes)), sorted(set(no))
 
 
-def _first_word(checkpoint: str) -> Callable[[list[Image.Image], list[str]], torch.Tensor]:
-    """The function from pictures and questions to logits `(n, vocabulary)` of the answer's first token."""
-    return _blip(checkpoint) if _is_blip(checkpoint) else _chat(checkpoint)
+class _Chat:
+    """A vision-language model with a chat template."""
 
+    def __init__(self, checkpoint: str):
+        self.checkpoint = checkpoint
 
-def _chat(checkpoint: str) -> Callable[[list[Image.Image], list[str]], torch.Tensor]:
-    from transformers import AutoModelForImageTextToText
+    def first_word(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> torch.Tensor:
+        """Logits `(n, vocabulary)` of each answer's first token."""
+        from transformers import AutoModelForImageTextToText
 
-    processor = _processor(checkpoint)
-    model = load_pretrained(AutoModelForImageTextToText, checkpoint, torch.bfloat16)  # float16 overflows in Qwen
-
-    def logits(pictures: list[Image.Image], questions: list[str]) -> torch.Tensor:
+        processor = _processor(self.checkpoint)
+        # float16 overflows in Qwen
+        model = load_pretrained(AutoModelForImageTextToText, self.checkpoint, torch.bfloat16)
         chats = [
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
             for question in questions
@@ -166,27 +171,3 @@ def _chat(checkpoint: str) -> Callable[[list[Image.Image], list[str]], torch.Ten
         shown = [[picture] for picture in pictures]  # to each text its own
         inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
         return model(**inputs.to(device(), model.dtype), logits_to_keep=1).logits[:, -1]
-
-    return logits
-
-
-def _blip(checkpoint: str) -> Callable[[list[Image.Image], list[str]], torch.Tensor]:
-    from transformers import BlipForQuestionAnswering
-
-    processor, model = _processor(checkpoint), load_pretrained(BlipForQuestionAnswering, checkpoint)
-
-    def logits(pictures: list[Image.Image], questions: list[str]) -> torch.Tensor:
-        inputs = processor(images=pictures, text=questions, padding=True, truncation=True, return_tensors="pt")
-        inputs = inputs.to(device(), model.dtype)
-        seen = model.vision_model(pixel_values=inputs.pixel_values).last_hidden_state  # (n, patches, dim)
-        question = model.text_encoder(
-            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, encoder_hidden_states=seen
-        ).last_hidden_state  # (n, tokens, dim)
-        # one by one without padding: transformers 5.23 drops BLIP's mask of cross-attention, and an answer would depend
-        # on the longest question of its batch
-        start = inputs.input_ids.new_full((1, 1), model.decoder_start_token_id)
-        unpadded = [row[mask.bool()][None] for row, mask in zip(question, inputs.attention_mask, strict=True)]
-        answers = [model.text_decoder(input_ids=start, encoder_hidden_states=row) for row in unpadded]
-        return torch.cat([answer.logits[:, -1] for answer in answers])
-
-    return logits

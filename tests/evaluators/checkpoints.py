@@ -202,7 +202,7 @@ def image_reward(folder: Path, size: Size = "tiny") -> str:
 def _bert_tokenizer():
     from transformers import BertTokenizer
 
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "?", '"', ".", ",", *WORDS, *ascii_lowercase]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", '"', ".", ",", *WORDS, *ascii_lowercase]
     vocabulary += [f"##{letter}" for letter in ascii_lowercase]
     return BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
 
@@ -212,13 +212,16 @@ def blip(folder: Path, size: Size = "tiny") -> str:
 
     torch.manual_seed(6)
     tokenizer = _bert_tokenizer()
-    text = {"bos_token_id": 5, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
+    # BLIP adds [DEC], with which an answer begins, and [ENC], with which a question does
+    words = {"vocab_size": len(tokenizer) + 2, "bos_token_id": len(tokenizer)} if size == "tiny" else {}
+    text = words | {"sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
     pixels, vision = 384, {"image_size": 384}  # the defaults are those of BLIP-VQA base
     if size == "tiny":
         shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        text |= shape | {"vocab_size": len(tokenizer), "encoder_hidden_size": 32, "max_position_embeddings": 64}
-        text |= {"initializer_range": 0.2}
-        pixels, vision = 32, shape | {"image_size": 32, "patch_size": 8}
+        text |= shape | {"encoder_hidden_size": 32, "max_position_embeddings": 64}
+        wide = {"initializer_range": 0.2}  # pictures are heard, which the default of 1e-10 of theirs keeps silent
+        text |= wide
+        pixels, vision = 32, shape | wide | {"image_size": 32, "patch_size": 8}
     BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
     BlipProcessor(BlipImageProcessorPil(size={"height": pixels, "width": pixels}), tokenizer).save_pretrained(folder)
     return str(folder)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from blocktune.evaluators.batches import in_batches, of_equal_size
+from blocktune.evaluators.batches import each_in_batches, in_batches, of_equal_size
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,6 +19,11 @@ def test_rows_keep_their_order_whatever_fits(count, size, fits):
     assert in_batches(double, list(range(count)), size).tolist() == [2 * i for i in range(count)]
     assert sum(seen) == count
     assert max(seen) <= min(size, fits)
+
+
+def test_results_of_any_kind_are_one_per_row():
+    assert each_in_batches(lambda rows: [row * "a" for row in rows], [1, 2, 3], 2) == ["a", "aa", "aaa"]
+    assert each_in_batches(lambda rows: rows, []) == []
 
 
 def test_a_row_that_does_not_fit_alone_is_an_error():

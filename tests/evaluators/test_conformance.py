@@ -11,8 +11,9 @@ import pytest
 from blocktune.evaluators import Evaluator, names, registry
 from PIL import Image
 
-from .tiny_checkpoints import TINY
+from .judges import TINY
 
+ROOT = Path(__file__).parents[2]
 SIZE = 48
 PRETRAINED = {"geneval", "geneval_binary", *TINY}  # stand here with checkpoints of their own, of random weights
 NAMES = [name for name in names() if name != "crispness" or find_spec("blocktune.reference.crispness")]
@@ -161,13 +162,12 @@ def test_models_agree_in_two_processes(tmp_path):
     """Checkpoints are made anew there, of the same seeds."""
     np.save(tmp_path / "images.npy", pictures())
     code = f"""
-import json, sys, numpy as np
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from tiny_checkpoints import TINY
+import json, numpy as np
+from tests.evaluators.judges import TINY
 images = np.load({str(tmp_path / "images.npy")!r})
 print(json.dumps({{name: made().score(images, {PROMPTS!r}).tolist() for name, made in TINY.items()}}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     there = json.loads(done.stdout.splitlines()[-1])
     assert there.keys() == TINY.keys()
     for name, scores in there.items():

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 from blocktune.evaluators import get
+from blocktune.evaluators.clip import load_clip
 from blocktune.evaluators.color import GROUND, TEMPLATES, ColorNamer, crop
 from blocktune.evaluators.detection import Detection, InstanceDetector
-from blocktune.evaluators.geneval import GenEval, judge, read_metadata, relations
+from blocktune.evaluators.geneval import GenEval, judge, relations
+from blocktune.evaluators.metadata import read_metadata
 from blocktune.evaluators.template import CLASSES as CLASSES_OF_COCO
 from blocktune.evaluators.template import COLORS, metadata_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoImageProcessor
 
-from .tiny_checkpoints import CLASSES, TINY, clip, mask2former
+from .judges import CLASSES, TINY, clip, mask2former
 
 
 def box(x: float, y: float, w: float = 10, h: float = 10) -> tuple[float, float, float, float]:
@@ -219,7 +222,7 @@ def test_the_original_is_known_by_its_shape_and_classes():
         backbone = SwinConfig(embed_dim=96, depths=depths, num_heads=[3, 6, 12, 24])
         config = Mask2FormerConfig(backbone_config=backbone, id2label=labels)
         detector = InstanceDetector("none")
-        detector._loaded = (SimpleNamespace(config=config), None, torch.device("cpu"))
+        detector.model = SimpleNamespace(config=config)
         assert detector.is_swin_s_of_coco() == original
         assert detector.labels == CLASSES_OF_COCO
 
@@ -276,7 +279,7 @@ def test_instances_are_read_from_logits():
 
 
 def test_preprocessing_is_that_of_the_original():
-    model, processor, _ = InstanceDetector(mask2former())._loaded
+    model, processor = InstanceDetector(mask2former()).model, AutoImageProcessor.from_pretrained(mask2former())
     size = InstanceDetector(mask2former()).size
     shapes = {(1024, 1024): (800, 800), (512, 512): (800, 800), (512, 2048): (352, 1344)}
     for (height, width), expected in shapes.items():
@@ -294,9 +297,9 @@ def test_colours_are_the_nearest_of_ten_by_three_sentences_each():
         vectors = []
         for color in COLORS:
             texts = [template.format(color=color, label=detection.label) for template in TEMPLATES]
-            mean = namer.clip.of_texts(texts).mean(0)
+            mean = load_clip(clip()).texts(texts).double().numpy().mean(0)
             vectors.append(mean / np.linalg.norm(mean))
-        (vector,) = namer.clip.of_pictures([crop(image, detection)])
+        (vector,) = load_clip(clip()).images([crop(image, detection)]).double().numpy()
         assert name == COLORS[int(np.argmax(vectors @ vector))]
     assert namer.name(image, []) == []
     assert TEMPLATES[1].format(color="red", label="ring") == "a photo of a red-colored ring"

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from blocktune.evaluators import clip_model, get, t2i_compbench
-from blocktune.evaluators.clip_model import ClipModel
+from blocktune.evaluators import CheckpointError, get, t2i_compbench
+from blocktune.evaluators.checkpoints import load_pretrained
+from blocktune.evaluators.clip import _model, load_clip
 from blocktune.evaluators.phrases import phrases_of
-from blocktune.evaluators.pictures import batches, sane_pictures
-from blocktune.evaluators.pretrained import load_pretrained
-from blocktune.evaluators.t2i_evaluators import Complex, Spatial
+from blocktune.evaluators.t2i_evaluators import Complex, DepthEstimator, NonSpatial, Spatial
+from blocktune.evaluators.vqa import ask
 from PIL import Image
 
-from .tiny_checkpoints import TINY, blip, clip, owlv2
+from .judges import TINY, blip, clip, dpt, owlv2
 
 T2I = [name for name in TINY if name.startswith("t2i")]
 
@@ -30,42 +30,10 @@ def test_construction_loads_nothing(name):
     assert (evaluator.score([], []) == np.zeros(0)).all()
 
 
-def test_yes_is_the_first_words_probability():
-    """Written out from the model's parts, one question at a time, nothing padded."""
-    model = TINY["t2i_attribute"]().blip
-    net, processor, _ = model._loaded
-    questions = [["a red circle?", "yes?"], [], ["a?"]]
-    answers = model.yes(PICTURES, questions)
-    assert [len(a) for a in answers] == [2, 0, 1]
-    for image, asked, got in zip(PICTURES, questions, answers, strict=True):
-        for question, answer in zip(asked, got, strict=True):
-            size = {"height": 64, "width": 64}
-            pixels = processor.image_processor([image], size=size, return_tensors="pt").pixel_values
-            assert pixels.shape == (1, 3, 64, 64)
-            ids = processor.tokenizer(question, return_tensors="pt").input_ids
-            assert ids[0, 0] == processor.tokenizer.cls_token_id
-            ids[0, 0] = len(processor.tokenizer) + 1  # [DEC], then [ENC]
-            with torch.inference_mode():
-                seen = net.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
-                states = net.text_encoder(input_ids=ids, encoder_hidden_states=seen).last_hidden_state
-                begin = torch.tensor([[len(processor.tokenizer)]])
-                logits = net.text_decoder(input_ids=begin, encoder_hidden_states=states).logits[0, 0]
-            yes, no = logits.softmax(0)[processor.tokenizer.convert_tokens_to_ids(["yes", "no"])].tolist()
-            assert answer == pytest.approx(yes / (yes + no), abs=1e-5)
-    assert len({round(a, 3) for got in answers for a in got}) == 3
-
-
-def test_long_questions_are_cut():
-    model = TINY["t2i_attribute"]().blip
-    long, longer = "a very " + "long " * 80 + "red circle?", "a very " + "long " * 80 + "blue square?"
-    ((first, second),) = model.yes(PICTURES[:1], [[long, longer]])
-    assert first == pytest.approx(second, abs=1e-6)
-
-
 def test_attribute_is_the_product_over_noun_chunks():
     evaluator = TINY["t2i_attribute"]()
     prompt = "a red circle and a blue square"
-    answers = evaluator.blip.yes(PICTURES, [["a red circle?", "a blue square?"]] * 3)
+    answers = ask(blip(), PICTURES, [["a red circle?", "a blue square?"]] * 3, evaluator.pixels)
     expected = [first * second for first, second in answers]
     np.testing.assert_allclose(evaluator.score(PICTURES, [prompt] * 3), expected, atol=1e-5)
     assert (evaluator.score(PICTURES, [""] * 3) == 1).all()
@@ -141,12 +109,24 @@ def test_scores_are_the_rules_of_what_is_detected(name, prompt):
 
 
 def test_non_spatial_is_the_cosine():
-    evaluator = TINY["t2i_non_spatial"]()
     texts = ["a cat", "", "long " * 200]
-    pictures, words = evaluator.clip.of_pictures(PICTURES), evaluator.clip.of_texts(texts)
-    np.testing.assert_allclose(np.linalg.norm(pictures, axis=1), 1, atol=1e-6)
+    pictures, words = load_clip(clip()).images(PICTURES), load_clip(clip()).texts(texts)
     expected = [float(a @ b) for a, b in zip(pictures, words, strict=True)]
-    np.testing.assert_allclose(evaluator.score(PICTURES, texts), expected, atol=1e-6)
+    np.testing.assert_allclose(TINY["t2i_non_spatial"]().score(PICTURES, texts), expected, atol=1e-6)
+
+
+def test_a_depth_checkpoint_may_lack_what_is_never_computed_with(tmp_path):
+    """As the published ones do: transformers has weights for adding to the deepest layer, which nothing precedes."""
+    from transformers import DPTForDepthEstimation, DPTImageProcessor
+
+    model = DPTForDepthEstimation.from_pretrained(dpt())
+    state = {key: value for key, value in model.state_dict().items() if "layers.0.residual_layer1" not in key}
+    assert len(state) < len(model.state_dict())
+    model.save_pretrained(tmp_path, state_dict=state)
+    DPTImageProcessor.from_pretrained(dpt()).save_pretrained(tmp_path)
+    (expected,) = TINY["t2i_3d_spatial"]().depth.depths(PICTURES[:1])
+    (depth,) = DepthEstimator(tmp_path, pixels=64).depths(PICTURES[:1])
+    np.testing.assert_array_equal(depth, expected)
 
 
 def test_complex_is_three_in_one(tmp_path):
@@ -158,7 +138,7 @@ def test_complex_is_three_in_one(tmp_path):
     attribute = evaluator.attribute.score(PICTURES, prompts)
     spatial = Spatial(owlv2(), complex_prompts=True).score(PICTURES, prompts)
     words = [t2i_compbench.without_adjectives(phrases_of(prompt)) for prompt in prompts]
-    action = evaluator.clip.score(PICTURES, words)
+    action = NonSpatial(clip()).score(PICTURES, words)
     expected = [
         (attribute[0] + spatial[0]) / 2,
         (attribute[1] + action[1]) / 2,
@@ -183,30 +163,22 @@ def test_any_prompt_has_a_score(name, prompt):
 
 
 def test_evaluators_of_the_same_weights_share_them():
-    spatial, numeracy = TINY["t2i_spatial"]().detector, TINY["t2i_numeracy"]().detector
-    assert spatial._loaded[0] is numeracy._loaded[0]
     judges = TINY["geneval-style"](), TINY["geneval-style_binary"]()
-    assert judges[0].detector._loaded[0] is judges[1].detector._loaded[0]
-    assert judges[0].colors.clip._loaded[0] is TINY["t2i_non_spatial"]().clip._loaded[0]
+    assert judges[0].detector.model is judges[1].detector.model
+    before = load_pretrained.cache_info().misses
+    for name in T2I:  # some of which scored before, each of whose models another has too
+        TINY[name]().score(PICTURES, ["a red cat near two dogs"] * 3)
+    loaded = load_pretrained.cache_info().misses - before
+    assert loaded <= 3  # BLIP, OWLv2, DPT
+    for name in T2I:
+        TINY[name].__wrapped__().score(PICTURES, ["a red cat near two dogs"] * 3)
+    assert load_pretrained.cache_info().misses == before + loaded
 
 
-def test_clip_refuses_what_it_cannot_name():
-    with pytest.raises(ValueError, match="clip is 'ViT-B-32'; accepted: model/pretrained, hf-hub:name"):
-        ClipModel("ViT-B-32").of_texts(["a"])
-
-
-def test_batches_hold_one_size_each():
-    pictures = [picture(0, size) for size in ((8, 8), (8, 9), (8, 8), (8, 8), (8, 9))]
-    assert list(batches(pictures, 2)) == [[0, 2], [3], [1, 4]]
-    assert list(batches([], 2)) == []
-
-
-def test_sane_pictures_are_the_same_bytes():
-    image = picture()
-    (same,) = sane_pictures([image])
-    assert same is not None
-    np.testing.assert_array_equal(np.asarray(same), np.asarray(image))
-    assert sane_pictures([np.zeros((8, 8, 3))]) == [None]
+@pytest.mark.parametrize("make", [NonSpatial, lambda clip: get("geneval").__class__(clip=clip)])
+def test_a_clip_that_cannot_be_is_refused_at_once(make):
+    with pytest.raises(CheckpointError, match="clip model is 'ViT-B-33/openai'; accepted: ARCHITECTURE/TAG"):
+        make(clip="ViT-B-33/openai")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: compares it with the CPU")
@@ -216,6 +188,7 @@ def test_gpu_and_cpu_agree(name, monkeypatch):
     on_gpu = TINY[name].__wrapped__().score(PICTURES, prompts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     load_pretrained.cache_clear()
-    clip_model._load.cache_clear()
+    _model.cache_clear()
+    load_clip.cache_clear()
     on_cpu = TINY[name].__wrapped__().score(PICTURES, prompts)
     np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=2e-3)

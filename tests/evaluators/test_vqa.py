@@ -4,22 +4,28 @@ import numpy as np
 import pytest
 import torch
 from blocktune.evaluators import CheckpointError, get
-from blocktune.evaluators.vqa import read_questions
+from blocktune.evaluators.vqa import ask, read_questions
 
 from .test_clip_scores import photos
 
 PROMPTS = ["a red circle", "two blue squares, one above the other", ""]
 
 
-def first_word(folder: str, picture, question: str) -> tuple[np.ndarray, object]:
-    """Logits of the first token that the model's own generate gives, and the tokenizer."""
+def first_word(folder: str, picture, question: str, pixels: int | None = None) -> tuple[np.ndarray, object]:
+    """Logits of the first token that the model's own generate gives, and the tokenizer; BLIP as its authors ask it."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForQuestionAnswering
 
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, **({"backend": "pil"} if "blip" in folder else {}))
     options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
     if "blip" in folder:
         model = BlipForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()
         inputs = processor(images=picture, text=question, return_tensors="pt")
+        assert inputs.input_ids[0, 0] == processor.tokenizer.cls_token_id
+        inputs["input_ids"][0, 0] = len(processor.tokenizer) + 1  # [DEC], then [ENC]
+        if pixels:
+            size = {"height": pixels, "width": pixels}
+            inputs["pixel_values"] = processor.image_processor(picture, size=size, return_tensors="pt").pixel_values
+            options["interpolate_pos_encoding"] = True
     else:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         asked = f"<|vision_start|><|image_pad|><|vision_end|>{question}<|im_start|>"
@@ -27,8 +33,8 @@ def first_word(folder: str, picture, question: str) -> tuple[np.ndarray, object]
     return model.generate(**inputs, **options).logits[0][0].double().numpy(), processor.tokenizer
 
 
-def p_yes(folder: str, picture, question: str) -> float:
-    logits, tokenizer = first_word(folder, picture, question)
+def p_yes(folder: str, picture, question: str, pixels: int | None = None) -> float:
+    logits, tokenizer = first_word(folder, picture, question, pixels)
     yes, no = (
         {ids[0] for word in words if len(ids := tokenizer.encode(word, add_special_tokens=False)) == 1}
         for words in (("yes", "Yes"), ("no", "No"))
@@ -47,6 +53,34 @@ def test_vqa_score_is_the_probability_of_yes(family, model_scores):
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
     assert len(set(scores)) == 3
     assert ((scores > 0) & (scores < 1)).all()
+
+
+@pytest.mark.parametrize("family", ["vqa_score", "vqa_score blip"])
+def test_a_picture_may_have_any_number_of_questions(family, model_scores):
+    """Of unlike lengths, in one batch; none is answered otherwise than alone."""
+    folder = model_scores[family].partition(":")[2]
+    questions = [["a red circle?", "yes?"], [], ["a?"]]
+    answers = ask(folder, photos(), questions)
+    assert [answer.shape for answer in answers] == [(2,), (0,), (1,)]
+    for picture, asked, got in zip(photos(), questions, answers, strict=True):
+        np.testing.assert_allclose(got, [p_yes(folder, picture, question) for question in asked], rtol=0, atol=1e-5)
+    assert len({round(answer, 3) for got in answers for answer in got}) == 3
+    assert [answer.size for answer in ask(folder, photos(), [[]] * 3)] == [0, 0, 0]
+
+
+def test_blip_sees_pictures_as_large_as_asked(model_scores):
+    folder = model_scores["vqa_score blip"].partition(":")[2]
+    answers = ask(folder, photos(), [["a circle?"]] * 3, pixels=64)
+    expected = [[p_yes(folder, picture, "a circle?", pixels=64)] for picture in photos()]
+    np.testing.assert_allclose(answers, expected, rtol=0, atol=1e-5)
+    assert np.abs(np.array(answers) - ask(folder, photos(), [["a circle?"]] * 3)).min() > 1e-4
+
+
+def test_questions_to_blip_are_cut_where_its_positions_end(model_scores):
+    folder = model_scores["vqa_score blip"].partition(":")[2]
+    first, other = (f"{'a long ' * 80}{thing}?" for thing in ("red circle", "blue square"))
+    ((a, b),) = ask(folder, photos()[:1], [[first, other]])
+    assert a == pytest.approx(b, abs=1e-6)
 
 
 def test_both_spellings_of_an_answer_count(model_scores):

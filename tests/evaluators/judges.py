@@ -1,11 +1,10 @@
-"""Checkpoints of a few thousand random weights, of the classes and in the formats that the benchmarks' models have.
+"""The benchmarks' judges on detectors, CLIP and BLIP of a few thousand random weights, in the formats of the real ones.
 
-Made once per process in a temporary folder. Random detectors see everything everywhere and nothing surely: what the
+Written once per process to a temporary folder. Random detectors see everything everywhere and nothing surely: what the
 rules do with detections is tested on detections written by hand.
 """
 
 import atexit
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from blocktune.evaluators.detection import InstanceDetector
 from blocktune.evaluators.geneval import GenEval, GenEvalBinary
 from blocktune.evaluators.t2i_evaluators import (
     Attribute,
-    BlipVqa,
     Complex,
     DepthEstimator,
     NonSpatial,
@@ -27,6 +25,8 @@ from blocktune.evaluators.t2i_evaluators import (
     Spatial,
     Spatial3d,
 )
+
+from . import checkpoints
 
 CLASSES = ("circle", "square", "cross", "ring", "diamond", "triangle", "motorbike", "keyboard")
 
@@ -104,33 +104,8 @@ def owlv2() -> Path:
 
 
 @cache
-def blip() -> Path:
-    from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor
-
-    torch.manual_seed(0)
-    letters = [*ascii_lowercase, *(f"##{letter}" for letter in ascii_lowercase)]
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "?", *letters]
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"bos_token_id": len(tokens), "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3}
-    config = BlipConfig(
-        text_config={
-            **sizes,
-            **ids,
-            "vocab_size": len(tokens) + 2,  # BLIP adds [DEC] and [ENC]
-            "encoder_hidden_size": 16,
-            "max_position_embeddings": 48,
-        },
-        vision_config={**sizes, "image_size": 32, "patch_size": 16},
-        projection_dim=16,
-    )
-    model = BlipForQuestionAnswering(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6)  # answers that differ from a half
-    model.save_pretrained(folder() / "blip")
-    tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
-    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder() / "blip")
-    return folder() / "blip"
+def blip() -> str:
+    return checkpoints.blip(folder() / "blip")
 
 
 @cache
@@ -172,20 +147,8 @@ def dpt() -> Path:
 
 
 @cache
-def clip() -> Path:
-    import open_clip
-
-    torch.manual_seed(0)
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    path = folder() / "clip"
-    path.mkdir()
-    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    torch.save(open_clip.CLIP(**config).state_dict(), path / "open_clip_pytorch_model.bin")
-    return path
+def clip() -> str:
+    return checkpoints.clip(folder() / "clip")
 
 
 def _geneval(kind: type[GenEval]) -> GenEval:
@@ -201,14 +164,12 @@ def _compositional() -> Compositional:
 
 
 def _attribute() -> Attribute:
-    made = Attribute(blip())
-    made.blip = BlipVqa(blip(), size=64)
-    return made
+    return Attribute(blip(), pixels=64)
 
 
 def _spatial_3d() -> Spatial3d:
     made = Spatial3d(owlv2(), dpt())
-    made.depth = DepthEstimator(dpt(), size=64)
+    made.depth = DepthEstimator(dpt(), pixels=64)
     return made
 
 
