@@ -5,7 +5,7 @@
 
 from .checkpoints import CheckpointError
 from .distances import cmmd, fid
-from .evaluator import Evaluator, as_array
+from .evaluator import Evaluator, as_array, scale_of
 from .footprint import count_flops, peak_memory
 from .latency import CostTable, measure_cost_table, time_runs
 from .prompt_sets import read_prompt_set
@@ -37,5 +37,6 @@ __all__ = [
     "prompts_digest",
     "read_prompt_set",
     "register",
+    "scale_of",
     "time_runs",
 ]

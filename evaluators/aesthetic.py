@@ -19,6 +19,7 @@ MLP_LAYERS = ("layers.0.", "layers.2.", "layers.4.", "layers.6.", "layers.7.")  
 
 
 class _Aesthetic(ModelScore):
+    scale = 9.0
     head: str  # where the published head is
     layers: tuple[str, ...]  # its linear layers in order, as the state dict names them
 

@@ -35,6 +35,7 @@ class ClipScore(_OfClip):
     """
 
     family = "clip_score"
+    scale = 40.0  # Hessel et al. saw cosines from 0 to about 0.4, and multiply by 2.5
 
     def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         return 100 * load_clip(self.checkpoint).cosines(pictures, prompts).clamp(min=0).numpy()
@@ -66,6 +67,7 @@ class HpsV21(ModelScore):
     """
 
     family = "hps_v2.1"
+    scale = 0.15
     worst = -1.0
 
     def __init__(self, checkpoint: str = ""):
@@ -92,6 +94,7 @@ class PickScore(ModelScore):
     """
 
     family = "pick_score"
+    scale = 7.0
 
     def __init__(self, checkpoint: str = ""):
         super().__init__(checkpoint)

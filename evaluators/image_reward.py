@@ -28,6 +28,7 @@ class ImageReward(ModelScore):
     """
 
     family = "image_reward"
+    scale = 4.0
 
     def __init__(self, checkpoint: str = ""):
         super().__init__(checkpoint)

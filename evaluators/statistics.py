@@ -16,7 +16,10 @@ _CHUNK = 1 << 18  # indices drawn at a time, so that memory does not grow with t
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean score of the policy and of the baseline, their difference with its interval at `level`, and `n` pictures."""
+    """Mean score of the policy and of the baseline, their difference with its interval at `level`, and `n` pictures.
+
+    `scale` is the width of scores that counts as 100 points, as `scale_of` the evaluator tells.
+    """
 
     value: float
     baseline: float
@@ -25,6 +28,13 @@ class Interval:
     high: float
     level: float
     n: int
+    scale: float = 1.0
+
+    @property
+    def points(self) -> str:
+        """The difference in points: `+1.4 [-3.0, +5.8]`."""
+        delta, low, high = (100 / self.scale * value for value in (self.delta, self.low, self.high))
+        return f"{delta:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def paired_interval(
@@ -34,8 +44,9 @@ def paired_interval(
     level: float = 0.95,
     resamples: int = 9999,
     seed: int = 0,
+    scale: float = 1.0,
 ) -> Interval:
-    """The mean difference policy minus baseline, with a bootstrap interval over groups.
+    """The mean difference policy minus baseline, with a bootstrap interval over groups; `scale` is the interval's.
 
     Scores are `(n,)` each, `groups` `(n,)` ids of which equal ones stay together (the prompt); without them every
     picture is its own group. Percentile interval of the resampled mean over pictures, its tails widened for few groups
@@ -58,7 +69,7 @@ def paired_interval(
     low, high = _bootstrap(sums, counts, level, resamples, seed)
     # rounding must not put the estimate a bit outside an interval of no width
     low, high = min(low, delta), max(high, delta)
-    return Interval(float(policy.mean()), float(baseline.mean()), delta, low, high, level, len(policy))
+    return Interval(float(policy.mean()), float(baseline.mean()), delta, low, high, level, len(policy), scale)
 
 
 def _scores(field: str, values: ArrayLike) -> np.ndarray:

@@ -147,6 +147,7 @@ class NonSpatial(_Rule):
     """Evaluator `t2i_non_spatial`: CLIP's cosine of picture and prompt."""
 
     name = "t2i_non_spatial"
+    scale = 0.4  # as that of clip_score
 
     def __init__(self, clip: str = CLIP):
         check_clip(clip)

@@ -6,8 +6,8 @@ from ..evaluators import Interval, paired_interval
 from ..policies import BlockPolicy, Plan
 from .front import Confirmed, Point, held_out_name, hypervolume, pick, spread
 from .pool import Job
+from .prompts import read_prompts
 from .study import Study, feasible, point_of
-from .worker import read_prompts
 
 
 def confirm(study: Study) -> list[Confirmed]:

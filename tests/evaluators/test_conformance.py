@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from blocktune.evaluators import Evaluator, names, registry
+from blocktune.evaluators import Evaluator, names, registry, scale_of
 from PIL import Image
 
 from .judges import TINY
@@ -68,6 +68,7 @@ class EvaluatorConformance:
         assert evaluator.name == name
         assert evaluator.direction in ("maximize", "minimize")
         assert isinstance(evaluator.needs_reference, bool)
+        assert 0 < scale_of(evaluator) <= 100
         assert get(name) is evaluator
 
     def test_scores_pictures(self, name):

@@ -309,3 +309,9 @@ def test_the_detectable_difference_is_in_units_of_the_spread(n, spread, level, p
 def test_tests_and_power_refuse(call, said):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+def test_points_are_hundredths_of_the_scale():
+    before, after = [20.0, 21.0, 22.0], [20.7, 21.7, 22.7]
+    assert paired_interval(after, before).points == "+70.0 [+70.0, +70.0]"
+    assert paired_interval(after, before, scale=7.0).points == "+10.0 [+10.0, +10.0]"
