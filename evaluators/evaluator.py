@@ -15,7 +15,10 @@ Images = Sequence[Image.Image] | Sequence[np.ndarray] | np.ndarray
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """One score per picture. A score depends on its own picture, prompt and reference alone, never on the batch."""
+    """One score per picture. A score depends on its own picture, prompt and reference alone, never on the batch.
+
+    An evaluator whose scores do not fill [0, 1] also says in `scale` what width of them counts as 100 points.
+    """
 
     name: str
     direction: Literal["maximize", "minimize"]
@@ -28,6 +31,14 @@ class Evaluator(Protocol):
         is asked for where `needs_reference`. Raises ValueError when the lengths differ.
         """
         ...
+
+
+def scale_of(evaluator: Evaluator) -> float:
+    """Width of its scores that counts as 100 points: its `scale`, and 1.0 where it has none.
+
+    Margins and differences of all evaluators are told in points. 1.0 suits scores in [0, 1].
+    """
+    return getattr(evaluator, "scale", 1.0)
 
 
 def image_array(image: Image.Image | np.ndarray) -> np.ndarray:

@@ -47,6 +47,7 @@ class Psnr(_Fidelity):
     """Peak signal-to-noise ratio over all pixels and channels in dB, in [0, 100]; 100 for equal pictures."""
 
     name = "psnr"
+    scale = PSNR_LIMIT  # a point is a dB
     lowest = 0.0
 
     def similarity(self, image: np.ndarray, reference: np.ndarray) -> float:

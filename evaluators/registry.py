@@ -14,6 +14,30 @@ _targets: dict[str, Target] = {
     "shapes": "blocktune.reference.judge:Shapes",
     "shapes_binary": "blocktune.reference.judge:ShapesBinary",
     "crispness": "blocktune.reference.crispness:Crispness",
+    "compositional": "blocktune.evaluators.compositional_judge:Compositional",
+    "geneval": "blocktune.evaluators.geneval:GenEval",
+    "geneval_binary": "blocktune.evaluators.geneval:GenEvalBinary",
+    "t2i_attribute": "blocktune.evaluators.t2i_evaluators:Attribute",
+    "t2i_spatial": "blocktune.evaluators.t2i_evaluators:Spatial",
+    "t2i_3d_spatial": "blocktune.evaluators.t2i_evaluators:Spatial3d",
+    "t2i_numeracy": "blocktune.evaluators.t2i_evaluators:Numeracy",
+    "t2i_non_spatial": "blocktune.evaluators.t2i_evaluators:NonSpatial",
+    "t2i_complex": "blocktune.evaluators.t2i_evaluators:Complex",
+}
+# made with what follows the colon in their name: a checkpoint
+_families: dict[str, str] = {
+    "clip_score": "blocktune.evaluators.clip_scores:ClipScore",
+    "siglip_score": "blocktune.evaluators.clip_scores:SiglipScore",
+    "hps_v2.1": "blocktune.evaluators.clip_scores:HpsV21",
+    "image_reward": "blocktune.evaluators.image_reward:ImageReward",
+    "pick_score": "blocktune.evaluators.clip_scores:PickScore",
+    "aesthetic_v1": "blocktune.evaluators.aesthetic:AestheticV1",
+    "aesthetic_v2": "blocktune.evaluators.aesthetic:AestheticV2",
+    "clip_iqa": "blocktune.evaluators.clip_iqa:ClipIqa",
+    "vqa_score": "blocktune.evaluators.vqa:VqaScore",
+    "vqa_attributes": "blocktune.evaluators.vqa:VqaAttributes",
+    "lpips": "blocktune.evaluators.lpips:Lpips",
+    "dinov2": "blocktune.evaluators.dinov2:DinoV2",
 }
 _made: dict[str, Evaluator] = {}
 
@@ -23,8 +47,13 @@ class UnknownEvaluator(ValueError):
 
 
 def names() -> tuple[str, ...]:
-    """All registered names, sorted."""
+    """All registered names, sorted; those of families are not among them, for they download weights."""
     return tuple(sorted(_targets))
+
+
+def families() -> tuple[str, ...]:
+    """Names of scores by a pretrained model, sorted; a checkpoint may follow, as in `clip_score:ViT-B-32/openai`."""
+    return tuple(sorted(_families))
 
 
 def register(name: str, target: Target) -> None:
@@ -41,25 +70,30 @@ def register(name: str, target: Target) -> None:
 def get(name: str) -> Evaluator:
     """The evaluator of that name, made on first use and kept: weights are loaded once per process.
 
-    A name spelled `module:object` needs no registration, so that a process of its own, as a worker, finds it too.
+    `FAMILY:CHECKPOINT` is made with the checkpoint, `FAMILY` with the published one where there is one. A name spelled
+    `module:object` needs no registration, so that a process of its own, as a worker, finds it too.
     """
     if name not in _made:
-        target = _targets.get(name, name)
-        if isinstance(target, str):
-            target = _found(target)
-        evaluator = target()
+        family, _, checkpoint = name.partition(":")
+        if family in _families:
+            evaluator = _found(_families[family])(checkpoint)
+        else:
+            target = _targets.get(name, name)
+            evaluator = (_found(target) if isinstance(target, str) else target)()
         if not isinstance(evaluator, Evaluator):
             raise TypeError(f"{name} made a {type(evaluator).__name__}, which lacks a part of Evaluator")
-        if name in _targets and evaluator.name != name:
+        if (name in _targets or family in _families) and evaluator.name != name:
             raise ValueError(f"evaluator registered as {name!r} calls itself {evaluator.name!r}; accepted: one name")
         _made[name] = evaluator
     return _made[name]
 
 
-def _found(target: str) -> Callable[[], Evaluator]:
+def _found(target: str) -> Callable[..., Evaluator]:
     module, colon, attribute = target.partition(":")
     if not (module and colon and attribute):
-        raise UnknownEvaluator(f"evaluator is {target!r}; accepted: {', '.join(names())}, or module:object")
+        raise UnknownEvaluator(
+            f"evaluator is {target!r}; accepted: {', '.join(names() + families())}, or module:object"
+        )
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:

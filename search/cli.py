@@ -18,7 +18,7 @@ DEFAULT_RUN = Path("runs/reference")
 PolicyArgument = Annotated[Path, typer.Argument(help="a policy file")]
 ModelOption = Annotated[str, typer.Option(help="pipeline folder or hub id")]
 PromptsOption = Annotated[
-    str, typer.Option(help="`test`, `confirm`, `search` of the reference model, or a JSON lines file")
+    str, typer.Option(help="`test`, `confirm`, `search` of the reference model, or what prompts.search accepts")
 ]
 
 
@@ -261,7 +261,7 @@ def evaluate(
     evaluators: Annotated[str, typer.Option(help="names, separated by commas")] = "shapes,shapes_binary,crispness",
 ) -> None:
     """Score a policy against the unmodified model, paired, with 95 % intervals."""
-    from ..evaluators import get, paired_interval
+    from ..evaluators import get, paired_interval, scale_of
     from ..policies import BlockPolicy
     from .generation import embed
     from .generation import generate as pictures
@@ -280,9 +280,8 @@ def evaluate(
     texts = [p.text for p in chosen]
     for scorer in scorers:
         reference = before if scorer.needs_reference else None
-        result = paired_interval(
-            scorer.score(after, texts, reference), scorer.score(before, texts, reference), groups=texts
-        )
+        scores = [scorer.score(images, texts, reference) for images in (after, before)]
+        result = paired_interval(*scores, groups=texts, scale=scale_of(scorer))
         typer.echo(
             f"{scorer.name:<16} {result.value:.4f}  unmodified {result.baseline:.4f}  "
             f"{result.points} points, n = {result.n}"
@@ -290,15 +289,12 @@ def evaluate(
 
 
 def _prompts(source: str, images: int | None):
-    from ..evaluators import load_prompts
     from ..reference import prompts
-    from .config import ConfigError
+    from .prompts import read_named
 
     if source in ("search", "confirm", "test"):
         return prompts(source)[:images]
-    if Path(source).exists():
-        return load_prompts(source)[:images]
-    raise ConfigError(f"--prompts is {source!r}; accepted: search, confirm, test, or a JSON lines file.")
+    return read_named("--prompts", source, "test", images)
 
 
 @app.command()

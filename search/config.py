@@ -39,9 +39,11 @@ class Generation(_Section):
 
 class Prompts(_Section):
     search: str = Field(
-        default="reference", description="JSON lines of text, kind, seed; `reference` is the bundled set"
+        default="reference",
+        description="`reference`, the bundled model's; `compositional`, everyday things; or a file: .jsonl of text, "
+        "kind, seed, or of GenEval; .txt of T2I-CompBench; .tsv of PartiPrompts",
     )
-    confirm: str = Field(default="reference", description="held-out prompts with other seeds, same format")
+    confirm: str = Field(default="reference", description="held-out prompts with other seeds, as above")
     search_images: PositiveInt = Field(default=96, description="the first so many of the search prompts are used")
     confirm_images: PositiveInt = Field(
         default=576, description="so many of the held-out prompts; intervals narrow with the root of their number"

@@ -6,8 +6,8 @@ from ..evaluators import Interval, paired_interval
 from ..policies import BlockPolicy
 from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, spread
 from .pool import Job
+from .prompts import read_prompts
 from .study import Study, feasible, point_of
-from .worker import read_prompts
 
 
 def confirm(study: Study) -> list[Confirmed]:

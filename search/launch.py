@@ -9,11 +9,11 @@ from .confirm import confirm
 from .front import Confirmed, held_out_name
 from .pool import Pool
 from .progress import Display
+from .prompts import read_prompts
 from .report import draw_comparison, draw_front, side_by_side, write_report
 from .run_directory import RunDirectory
 from .study import Study, check_objectives, feasible, point_of
 from .tracking import Tracker
-from .worker import read_prompts
 
 
 def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunDirectory:

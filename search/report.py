@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .confirm import load_confirmed
 from .front import Confirmed, Point, held_out_name
+from .prompts import read_prompts
 from .run_directory import RunDirectory
-from .worker import read_prompts
 
 _INK, _GREY, _BLUE, _ORANGE = "#1f2430", "#a9b0bd", "#2563c9", "#d9621c"
 

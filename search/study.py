@@ -19,10 +19,11 @@ from .config import Config, ConfigError
 from .front import Point, hypervolume, non_dominated
 from .pool import Job, Pool
 from .progress import Display
+from .prompts import read_prompts
 from .run_directory import RunDirectory
 from .space import Candidate, anchors, candidate, distributions, steps_of, suggest
 from .tracking import Tracker
-from .worker import Measurement, read_prompts
+from .worker import Measurement
 
 STUDY = "blocktune"
 

@@ -9,11 +9,12 @@ import numpy as np
 import ray
 import torch
 
-from ..evaluators import CostTable, Prompt, get, load_prompts, measure_cost_table, time_runs
+from ..evaluators import CostTable, Prompt, get, measure_cost_table, time_runs
 from ..policies import BlockPolicy
 from ..policies.policy import ModelIdentity
-from .config import Config, ConfigError
+from .config import Config
 from .generation import Rows, device_name, embed, generate, load, some
+from .prompts import read_prompts
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,6 @@ class Description:
     device: str
     node: str  # Ray's id: nodes of one machine share its name
     versions: dict[str, str]
-
-
-def read_prompts(config: Config, split: str) -> tuple[Prompt, ...]:
-    """The prompts of `search` or `confirm`, as many as the config asks for."""
-    source, count = getattr(config.prompts, split), getattr(config.prompts, f"{split}_images")
-    if source == "reference":
-        from ..reference import prompts
-
-        return prompts(split)[:count]
-    try:
-        return load_prompts(source)[:count]
-    except OSError as error:
-        raise ConfigError(f"prompts.{split} is {source!r}, which cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise ConfigError(f"prompts.{split}: {error}.") from None
 
 
 class Worker:

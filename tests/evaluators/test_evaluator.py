@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from blocktune.evaluators import UnknownEvaluator, as_array, get, names, register
+from blocktune.evaluators import UnknownEvaluator, as_array, families, get, names, register
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -65,8 +65,19 @@ def test_built_in_names():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(UnknownEvaluator, match=r"'shape'; accepted: .*sane.*shapes"):
+    with pytest.raises(UnknownEvaluator, match=r"'shape'; accepted: .*sane.*shapes.*clip_score"):
         get("shape")
+
+
+def test_families_are_names_that_a_checkpoint_may_follow():
+    assert set(families()).isdisjoint(names())  # those need no download
+    assert get("hps_v2.1").name == "hps_v2.1"
+    assert get("clip_score:ViT-B-32/openai").name == "clip_score:ViT-B-32/openai"
+    assert get("clip_score:ViT-B-32/openai") is not get("clip_score:ViT-B-16/openai")
+    with pytest.raises(ValueError, match=r"registered as 'hps_v2\.1:' calls itself 'hps_v2\.1'"):
+        get("hps_v2.1:")
+    with pytest.raises(UnknownEvaluator, match="'clip:ViT-B-32/openai', which cannot be found"):
+        get("clip:ViT-B-32/openai")
 
 
 class Bright:

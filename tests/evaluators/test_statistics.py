@@ -3,7 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
-from blocktune.evaluators import Interval, paired_interval
+from blocktune.evaluators import Interval, holm, mcnemar, minimum_detectable_difference, paired_interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -84,6 +84,19 @@ def test_coverage_of_dense_scores():
         return baseline + rng.normal(0.02, 0.2, 60), baseline
 
     assert 0.92 <= covered(draw, 0.02) <= 0.98
+
+
+@pytest.mark.parametrize("prompts", [96, 256])  # of 24 prompts with 10 that differ, 91 % hold the truth: too narrow
+def test_coverage_of_skewed_scores_of_whole_prompts(prompts):
+    groups = np.repeat(np.arange(prompts), 3)
+
+    def draw(rng):  # scores in [0, 1] as judges give them: most pictures are right, few are moved a long way
+        baseline = rng.beta(4, 1, 3 * prompts)
+        moved = np.repeat(rng.random(prompts) < 0.4, 3)
+        return np.where(moved, rng.beta(5, 1, 3 * prompts), baseline), baseline
+
+    # three standard errors of 2,000 data sets are 1.5 points
+    assert 0.93 <= covered(draw, 0.4 * (5 / 6 - 4 / 5), groups, data_sets=2000) <= 0.97
 
 
 def test_coverage_of_few_groups():
@@ -172,3 +185,133 @@ def test_a_thousand_groups_take_less_than_a_second():
     start = time.perf_counter()
     paired_interval(policy, baseline, groups, resamples=10_000)
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "baseline", "p"),
+    [
+        ([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1], 14 / 64),  # 5 against 1: (1 + 6) / 64 on each side
+        ([1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], 2 / 64),
+        ([1, 0], [0, 1], 1),
+        ([1, 0, 1], [1, 0, 1], 1),  # nothing differs
+        ([], [], 1),
+    ],
+)
+def test_mcnemar_by_hand(policy, baseline, p):
+    assert mcnemar(policy, baseline) == pytest.approx(p)
+    assert mcnemar(baseline, policy) == pytest.approx(p)
+    assert mcnemar([*policy, 1, 0], [*baseline, 1, 0]) == pytest.approx(p)  # pairs that agree say nothing
+    assert mcnemar(np.array(policy, bool), np.array(baseline, bool)) == pytest.approx(p)
+
+
+def test_mcnemar_errs_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    claims = 0
+    for _ in range(1000):
+        baseline = rng.random(100) < 0.6
+        other = rng.random(100) < 0.3  # as often right as before, but elsewhere
+        claims += mcnemar(np.where(other, rng.random(100) < 0.6, baseline), baseline) < 0.05
+    assert claims / 1000 <= 0.05  # exact tests of few pairs err less often than they may
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+        ([0.04, 0.01], [0.04, 0.02]),
+        ([0.5, 0.6], [1, 1]),
+        ([0.2], [0.2]),
+        ([0, 0, 1], [0, 0, 1]),
+        ([0.02, 0.02, 0.02], [0.06, 0.06, 0.06]),
+        ([], []),
+    ],
+)
+def test_holm_by_hand(p_values, adjusted):
+    np.testing.assert_allclose(holm(p_values), adjusted, rtol=1e-12)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_lies_between_none_and_bonferroni_and_keeps_the_order(p_values):
+    p, adjusted = np.array(p_values), holm(p_values)
+    assert (adjusted >= p).all()
+    assert (adjusted <= np.minimum(1, p * len(p)) + 1e-15).all()
+    assert (np.diff(adjusted[np.argsort(p, kind="stable")]) >= 0).all()
+
+
+def test_holm_keeps_the_error_of_the_family():
+    """Ten comparisons with one baseline, so that their errors go together; three differ truly."""
+    rng = np.random.default_rng(1)
+    from scipy.stats import ttest_rel
+
+    plain, family, found, families = 0, 0, 0, 600
+    for _ in range(families):
+        baseline = rng.normal(0, 1, 60)
+        policies = baseline[:, None] * 0.5 + rng.normal(0, 1, (60, 10))
+        policies[:, :3] += 0.8
+        p = ttest_rel(policies, baseline[:, None]).pvalue
+        plain += (p[3:] < 0.05).any()
+        family += (holm(p)[3:] < 0.05).any()
+        found += (holm(p)[:3] < 0.05).all()
+    # three standard errors of a simulated 5 % are 2.7 points
+    assert family / families <= 0.077
+    assert plain / families > 0.12
+    assert found / families > 0.5
+
+
+@pytest.mark.parametrize(("n", "level", "power"), [(10, 0.95, 0.8), (64, 0.95, 0.8), (64, 0.99, 0.5), (256, 0.9, 0.95)])
+def test_the_detectable_difference_is_detected_at_the_stated_power(n, level, power):
+    from scipy.stats import t
+
+    rng = np.random.default_rng(2)
+    delta = minimum_detectable_difference(n, 0.3, level, power)
+    draws = rng.normal(delta, 0.3, (4000, n))
+    low = draws.mean(1) - t.ppf((1 + level) / 2, n - 1) * draws.std(1, ddof=1) / np.sqrt(n)
+    assert (low > 0).mean() == pytest.approx(power, abs=0.025)
+
+
+def test_the_detectable_difference_is_detected_by_the_bootstrap_too():
+    rng = np.random.default_rng(3)
+    delta = minimum_detectable_difference(64, 0.3)
+    detected = 0
+    for seed in range(400):
+        baseline = rng.random(64)
+        result = paired_interval(baseline + rng.normal(delta, 0.3, 64), baseline, resamples=400, seed=seed)
+        detected += result.low > 0
+    assert detected / 400 == pytest.approx(0.8, abs=0.06)
+
+
+@given(st.integers(2, 3000), st.floats(0, 3), st.floats(0.5, 0.99), st.floats(0.55, 0.99))
+@settings(deadline=None, max_examples=50)
+def test_the_detectable_difference_is_in_units_of_the_spread(n, spread, level, power):
+    delta = minimum_detectable_difference(n, spread, level, power)
+    assert delta == pytest.approx(spread * minimum_detectable_difference(n, 1, level, power), rel=1e-6)
+    assert spread == 0 or delta > minimum_detectable_difference(n + 1, spread, level, power)
+    assert spread == 0 or delta < minimum_detectable_difference(n, spread, level, power + 0.005)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: mcnemar([1, 0.5], [0, 1]), "policy_correct has the score 0.5"),
+        (lambda: mcnemar([1, 0], [0, 2]), "baseline_correct has the score 2.0"),
+        (lambda: mcnemar([1, 0], [0]), "policy_correct has 2 scores, baseline_correct 1"),
+        (lambda: mcnemar([np.nan], [0]), "policy_correct has 1 of 1 scores that are NaN"),
+        (lambda: holm([0.1, 1.1]), "p_values has 1.1; accepted: 0 to 1"),
+        (lambda: holm([0.1, np.nan]), "p_values has 1 of 2 scores that are NaN"),
+        (lambda: minimum_detectable_difference(1, 0.1), "n is 1; accepted: 2 or more"),
+        (lambda: minimum_detectable_difference(9, -0.1), "spread is -0.1; accepted: 0 or more"),
+        (lambda: minimum_detectable_difference(9, float("nan")), "spread is nan"),
+        (lambda: minimum_detectable_difference(9, 0.1, level=95), "level is 95"),
+        (lambda: minimum_detectable_difference(9, 0.1, power=1), "power is 1; accepted: between 0 and 1"),
+        (lambda: minimum_detectable_difference(9, 0.1, power=0.02), "power is 0.02; accepted: more than 0.025"),
+    ],
+)
+def test_tests_and_power_refuse(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+def test_points_are_hundredths_of_the_scale():
+    before, after = [20.0, 21.0, 22.0], [20.7, 21.7, 22.7]
+    assert paired_interval(after, before).points == "+70.0 [+70.0, +70.0]"
+    assert paired_interval(after, before, scale=7.0).points == "+10.0 [+10.0, +10.0]"

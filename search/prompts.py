@@ -1,0 +1,24 @@
+"""Which prompts a search or a command draws: the reference model's, or any set that evaluators can read."""
+
+from ..evaluators import Prompt, read_prompt_set
+from .config import Config, ConfigError
+
+
+def read_prompts(config: Config, split: str) -> tuple[Prompt, ...]:
+    """The prompts of `search` or `confirm`, as many as the config asks for."""
+    source, count = getattr(config.prompts, split), getattr(config.prompts, f"{split}_images")
+    if source == "reference":
+        from ..reference import prompts
+
+        return prompts(split)[:count]
+    return read_named(f"prompts.{split}", source, split, count)
+
+
+def read_named(field: str, source: str, split: str, count: int | None) -> tuple[Prompt, ...]:
+    """`read_prompt_set`, whose errors are the user's: a ConfigError that names `field`."""
+    try:
+        return read_prompt_set(source, split, count)
+    except OSError as error:
+        raise ConfigError(f"{field} is {source!r}, which cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}.") from None

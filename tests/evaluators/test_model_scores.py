@@ -1,0 +1,194 @@
+"""What every score by a pretrained model holds to, on tiny random checkpoints in the formats of the published ones."""
+
+import json
+import os
+import posixpath
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from blocktune.evaluators import CheckpointError, families, get
+from PIL import Image
+
+from .test_conformance import PROMPTS, EvaluatorConformance, pictures
+
+FAMILIES = [*families(), "vqa_score blip"]
+READS_PROMPTS = ["clip_score", "siglip_score", "hps_v2.1", "pick_score", "image_reward", "vqa_score", "vqa_score blip"]
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request, model_scores) -> str:
+    return model_scores[request.param]
+
+
+class TestModelScores(EvaluatorConformance):
+    @staticmethod
+    def tolerance(name: str) -> float:
+        return 1e-5
+
+
+def test_degenerate_pictures_get_the_worst_value(name):
+    evaluator = get(name)
+    images = pictures().astype(np.float32) / 255
+    images[1], images[2], images[3] = 0, np.nan, 1
+    scores = evaluator.score(images, PROMPTS, pictures())
+    sign = 1 if evaluator.direction == "maximize" else -1
+    worst = [2] if evaluator.needs_reference else [1, 2, 3]  # a black picture can be compared, and differs
+    assert (scores[worst] == evaluator.worst).all()
+    assert (sign * scores[[0, 4]] > sign * evaluator.worst).all()
+    assert (sign * scores[[1, 3]] < sign * scores[0]).all()
+
+
+@pytest.mark.parametrize("family", READS_PROMPTS)
+def test_prompts_matter_but_not_what_is_cut(family, model_scores):
+    evaluator = get(model_scores[family])
+    image = pictures()[:1]
+    long = " ".join(["red circle"] * 60)
+    scores = [evaluator.score(image, [prompt])[0] for prompt in ("", "a", "a blue square", long, long + " and a cat")]
+    assert np.isfinite(scores).all()
+    assert len(set(scores[:4])) == 4
+    if family not in ("vqa_score", "vqa_score blip"):  # a question ends in what it asks for
+        assert scores[3] == pytest.approx(scores[4], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["aesthetic_v1", "aesthetic_v2", "clip_iqa"])
+def test_quality_never_reads_the_prompt(family, model_scores):
+    evaluator = get(model_scores[family])
+    assert (evaluator.score(pictures(), PROMPTS) == evaluator.score(pictures(), PROMPTS[::-1])).all()
+
+
+def scores_elsewhere(model_scores: dict[str, str], first: str = "", **environment: str) -> dict[str, list[float]]:
+    """Scores of the same pictures by a process of its own, which does `first` before anything is loaded."""
+    code = """
+import json, sys
+import torch
+from blocktune.evaluators import checkpoints
+FIRST
+import numpy as np
+from blocktune.evaluators import get
+names, prompts, images, reference = json.load(sys.stdin)
+images, reference = np.array(images, np.uint8), np.array(reference, np.uint8)
+scores = {}
+for key, name in names.items():
+    evaluator = get(name)
+    scores[key] = evaluator.score(images, prompts, reference if evaluator.needs_reference else None).tolist()
+print(json.dumps(scores))
+"""
+    sent = json.dumps([model_scores, PROMPTS, pictures().tolist(), pictures(1).tolist()])
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("FIRST", first)],
+        input=sent,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def scores_here(model_scores: dict[str, str]) -> dict[str, np.ndarray]:
+    return {
+        key: get(name).score(pictures(), PROMPTS, pictures(1) if get(name).needs_reference else None)
+        for key, name in model_scores.items()
+    }
+
+
+def test_another_process_gives_the_same_scores(model_scores):
+    elsewhere = scores_elsewhere(model_scores)
+    for key, scores in scores_here(model_scores).items():
+        np.testing.assert_allclose(elsewhere[key], scores, rtol=0, atol=1e-5, err_msg=key)
+
+
+def test_half_precision_agrees(model_scores):
+    """What a GPU computes in, here on the CPU."""
+    half = scores_elsewhere(model_scores, "checkpoints.precision = lambda half=torch.float16: half")
+    for key, scores in scores_here(model_scores).items():
+        np.testing.assert_allclose(half[key], scores, rtol=0.02, atol=0.02, err_msg=key)
+        if key != "lpips":  # in float32 everywhere
+            assert half[key] != scores.tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: its scores cannot be held against the CPU's")
+def test_gpu_and_cpu_agree(model_scores):
+    on_cpu = scores_elsewhere(model_scores, CUDA_VISIBLE_DEVICES="")
+    for key, scores in scores_here(model_scores).items():
+        np.testing.assert_allclose(scores, on_cpu[key], rtol=0.02, atol=0.02, err_msg=key)
+
+
+def test_names_can_be_metrics_of_mlflow(name):
+    """Which takes no other characters, and no name that would change as a path."""
+    assert re.fullmatch(r"[\w.\-/: ]+", name)
+    assert posixpath.normpath(name) == name
+
+
+def test_backbones_are_shared(model_scores):
+    from blocktune.evaluators.clip import load_clip
+
+    checkpoint = model_scores["clip_score"].partition(":")[2]
+    models = {id(load_clip(checkpoint, **other).model) for other in ({}, {"resize_mode": "longest"})}
+    assert len(models) == 1
+    assert checkpoint in model_scores["hps_v2.1"]
+    assert checkpoint in model_scores["aesthetic_v2"]
+
+
+def test_nothing_is_loaded_before_the_first_score(model_scores):
+    from blocktune.evaluators.clip import _model
+
+    before = _model.cache_info().currsize
+    for family in ("clip_score", "hps_v2.1"):
+        type(get(model_scores[family]))("ViT-B-32/openai")
+    assert _model.cache_info().currsize == before
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("clip_score", r"clip model is ''; accepted: ARCHITECTURE/TAG"),
+        ("clip_score:ViT-B-33/openai", "'ViT-B-33/openai'; accepted: ARCHITECTURE/TAG"),
+        ("clip_score:ViT-B-32/nowhere", "accepted after ViT-B-32/: openai, "),
+        ("clip_score:ViT-B-32:nowhere.pt", "accepted after ViT-B-32: a file that is there"),
+        ("siglip_score", r"clip model is ''"),
+        ("vqa_score", "vqa_score lacks a model"),
+        ("vqa_attributes:model", "lacks a part; accepted: vqa_attributes:MODEL with FILE"),
+        ("vqa_attributes:model with nowhere.jsonl", "nowhere.jsonl cannot be read"),
+        ("aesthetic_v1:head.pth with ViT-B-33/openai", "'ViT-B-33/openai'; accepted"),
+    ],
+)
+def test_a_name_that_cannot_be_is_refused_before_any_score(bad, said):
+    with pytest.raises(CheckpointError, match=said):
+        get(bad)
+
+
+@pytest.mark.parametrize("family", ["pick_score", "dinov2", "vqa_score", "lpips", "aesthetic_v1", "clip_score"])
+def test_a_checkpoint_that_is_not_there_is_refused(family, model_scores, tmp_path):
+    where = {"clip_score": f"local-dir:{tmp_path}", "aesthetic_v1": f"{tmp_path}/x.pth with ViT-B-32/openai"}
+    if family == "aesthetic_v1":
+        where[family] = f"{tmp_path}/x.pth with {model_scores['clip_score'].partition(':')[2]}"
+    evaluator = get(f"{family}:{where.get(family, tmp_path / 'x')}")
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        evaluator.score(pictures(), PROMPTS, pictures(1) if evaluator.needs_reference else None)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(model_scores, tmp_path):
+    from transformers import CLIPModel
+
+    model = CLIPModel.from_pretrained(model_scores["pick_score"].partition(":")[2])
+    state = {key: value for key, value in model.state_dict().items() if key != "visual_projection.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights of CLIPModel, as visual_projection\.weight"):
+        get(f"pick_score:{tmp_path}").score(pictures(), PROMPTS)
+
+
+def test_pil_pictures_of_several_sizes_are_scored_one_by_one(name):
+    evaluator = get(name)
+    sizes = [(48, 64), (64, 48), (48, 64), (64, 48)]
+    images = [Image.fromarray(picture).resize(size) for picture, size in zip(pictures()[:4], sizes, strict=True)]
+    reference = [image.rotate(90) for image in images] if evaluator.needs_reference else None
+    together = evaluator.score(images, PROMPTS[:4], reference)
+    alone = [
+        evaluator.score(images[i : i + 1], PROMPTS[i : i + 1], reference and reference[i : i + 1])[0] for i in range(4)
+    ]
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
