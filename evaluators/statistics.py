@@ -36,11 +36,6 @@ class Interval:
         delta, low, high = (100 / self.scale * value for value in (self.delta, self.low, self.high))
         return f"{delta:+.1f} [{low:+.1f}, {high:+.1f}]"
 
-    @property
-    def points(self) -> str:
-        """The difference in points, hundredths of the score: `+1.4 [-3.0, +5.8]`."""
-        return f"{100 * self.delta:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
-
 
 def paired_interval(
     policy_scores: ArrayLike,

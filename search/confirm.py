@@ -2,7 +2,7 @@
 
 import json
 
-from ..evaluators import Interval, paired_interval
+from ..evaluators import Interval, get, paired_interval, scale_of
 from ..policies import BlockPolicy
 from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, spread
 from .pool import Job
@@ -55,7 +55,8 @@ def confirm(study: Study) -> list[Confirmed]:
 
     def interval(point: Point, evaluator: str) -> Interval:
         after = run.read_scores(held_out_name(point))
-        return paired_interval(after[evaluator], before[evaluator], groups=list(before["prompt"]), level=level)
+        groups, scale = list(before["prompt"]), scale_of(get(evaluator))
+        return paired_interval(after[evaluator], before[evaluator], groups=groups, level=level, scale=scale)
 
     confirmed = [
         Confirmed(

@@ -46,7 +46,8 @@ class Confirmed:
 
     def holds(self, margin: float, quality_margin: float) -> bool:
         """Whether neither alignment nor quality loses more than its margin, by the lower ends of their intervals."""
-        return self.alignment.low >= -margin and self.quality.low >= -quality_margin
+        least = -margin * self.alignment.scale, -quality_margin * self.quality.scale
+        return self.alignment.low >= least[0] and self.quality.low >= least[1]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

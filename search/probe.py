@@ -28,9 +28,9 @@ from ..policies.policy import ModelIdentity
 from .config import Config, ConfigError
 from .pool import Job, Pool
 from .progress import Display
+from .prompts import read_prompts
 from .run_directory import RunDirectory
 from .study import check_objectives
-from .worker import read_prompts
 
 Action: TypeAlias = Skip | Reuse | ScaleText
 Table: TypeAlias = Any  # a pandas DataFrame, whose annotations answer for every kind of index at once

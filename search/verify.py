@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, FiniteFloat, PositiveFloat
 
-from ..evaluators import Interval, Prompt, get, names, paired_interval, time_runs
+from ..evaluators import Interval, Prompt, get, names, paired_interval, scale_of, time_runs
 from ..policies import BlockPolicy, Report, apply_policy
 from .config import ConfigError, Generation, parsed
 from .generation import device_name, embed, generate, some
@@ -207,7 +207,9 @@ def verify(
     for name, scorer in scorers.items():
         reference = before if scorer.needs_reference else None
         scores = (scorer.score(images, texts, reference) for images in (after, before))
-        figures.append(Score(name, claims[name], paired_interval(*scores, groups=texts), scorer.direction))
+        figures.append(
+            Score(name, claims[name], paired_interval(*scores, groups=texts, scale=scale_of(scorer)), scorer.direction)
+        )
     return Verification(
         policy=policy.name,
         device=device_name(pipe.device),
