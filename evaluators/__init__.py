@@ -3,11 +3,15 @@
 `get("shapes").score(images, prompts)` is a float64 array `(n,)`, one score per image.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .evaluator import Evaluator, as_array
-from .latency import CostTable, measure_cost_table, time_runs
 from .prompts import Prompt, load_prompts, prompts_digest
 from .registry import UnknownEvaluator, get, names, register
 from .statistics import Interval, paired_interval
+
+if TYPE_CHECKING:
+    from .latency import CostTable, measure_cost_table, time_runs
 
 __all__ = [
     "CostTable",
@@ -25,3 +29,12 @@ __all__ = [
     "register",
     "time_runs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Latency on demand: it alone needs torch, which takes seconds to import."""
+    if name in ("CostTable", "measure_cost_table", "time_runs"):
+        from . import latency
+
+        return getattr(latency, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
