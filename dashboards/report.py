@@ -24,7 +24,7 @@ def write_report(root: Path, output: Path) -> None:
     if "trials" not in standing:
         raise ConfigError(f"{root} cannot be reported: {standing['sentence']}")
     carried, galleries = _candidates(files, standing)
-    pieces = {kind: static(f"{name}").decode() for kind, name in (("style", "style.css"), ("script", "page.js"))}
+    pieces = {kind: static(name).decode() for kind, name in (("style", "style.css"), ("script", "page.js"))}
     for ends in _ENDS:
         page = _page(carried | _pictures(files, galleries, ends), pieces)
         if len(page) <= LIMIT:
@@ -81,11 +81,13 @@ def _page(carried: dict[str, Any], pieces: dict[str, str]) -> bytes:
     )
     # within a script element "<" alone could end it, whatever a prompt says
     data = json.dumps(carried, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    allowed = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    answers = f'<script type="application/json" id="answers">{data}</script>'
+    script = f'<script type="module">{pieces["script"]}</script>'
     replaced = {
-        '<meta charset="utf-8">': f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta charset="utf-8">': f'<meta charset="utf-8">\n{allowed}',
         '<link rel="stylesheet" href="style.css">': f"<style>{pieces['style']}</style>",
-        '<script type="module" src="page.js"></script>': f'<script type="application/json" id="answers">{data}</script>\n'
-        f'<script type="module">{pieces["script"]}</script>',
+        '<script type="module" src="page.js"></script>': f"{answers}\n{script}",
     }
     page = static("index.html").decode()
     for old, new in replaced.items():

@@ -34,7 +34,7 @@ STATIC = {
 
 def static(name: str) -> bytes:
     """A file of the page itself."""
-    return (resources(__package__) / "static" / name).read_bytes()
+    return (resources("blocktune.dashboards") / "static" / name).read_bytes()
 
 
 def create_app(root: Path, hosts: list[str]) -> FastAPI:
@@ -92,9 +92,10 @@ def serve(root: Path, host: str, port: int) -> None:
     except (OSError, OverflowError) as error:
         told = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"--host {host} --port {port} cannot be listened on: {told}.") from None
-    local = ipaddress.ip_address(address[0]).is_loopback
+    where = str(address[0])
+    local = ipaddress.ip_address(where).is_loopback
     app = create_app(root, ["127.0.0.1", "localhost", "[::1]", host] if local else ["*"])
-    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+    shown = f"[{where}]" if ":" in where else where
     print(f"http://{shown}:{listening.getsockname()[1]}/ shows {root}; Ctrl-C ends it", flush=True)
     try:
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..search.config import Config
-from ..search.front import Confirmed, Point, hypervolume, non_dominated
+from ..search.front import Confirmed, Point, hypervolume
 from .files import RunFiles, Unreadable
 from .trials import Trial, read_trials
 
@@ -30,9 +30,8 @@ def _of_run(files: RunFiles) -> dict[str, Any]:
     record, confirmed = confirmed_of(files)
     trials, described = study_of(files, config)
     feasible = [t for t in trials if t.complete and t.feasible]
-    points = [point(t) for t in feasible]
-    front = {p.name for p in non_dominated(points)}
     baseline = next((point(t) for t in trials if t.complete and t.attributes.get("anchor") == "unmodified"), None)
+    front, history = _history(feasible, baseline, config.prompts.search_images)
     state = _state(trials, config, bool(confirmed))
     return {
         "name": config.name,
@@ -40,11 +39,11 @@ def _of_run(files: RunFiles) -> dict[str, Any]:
         "sentence": _sentence(state, trials, config, confirmed),
         "objectives": config.objectives.model_dump(mode="json"),
         "baseline": baseline and {k: getattr(baseline, k) for k in ("alignment", "quality", "latency", "steps")},
-        "trials": _columns(trials, front),
+        "trials": _columns(trials, {p.name for p in front}),
         "confirmed": [_confirmed(c, record["margin"]) for c in confirmed],
         "margin": record.get("margin"),
         "level": record.get("level"),
-        "hypervolume": _history(feasible, baseline, config.prompts.search_images) if baseline else None,
+        "hypervolume": history if baseline else None,
         "search": _search(trials, described, config, state),
         "probe": files.has("probe.parquet"),
     }
@@ -131,8 +130,11 @@ def _confirmed(c: Confirmed, margin: float) -> dict[str, Any]:
     return {"slug": slug(c.name), **told, **ends, "held": c.holds(margin), "n": c.alignment.n}
 
 
-def _history(feasible: list[Trial], baseline: Point, images: int) -> dict[str, list[float]]:
-    """Hypervolume after so many pictures; a trial that repeats another draws none."""
+def _history(feasible: list[Trial], baseline: Point | None, images: int) -> tuple[list[Point], dict[str, list[float]]]:
+    """The front, and its hypervolume after so many pictures; a trial that repeats another draws none.
+
+    The front grows point by point, so that two thousand trials take no longer than a person waits.
+    """
     front: list[Point] = []
     spent, volume = 0, 0.0
     history: dict[str, list[float]] = {"images": [0], "value": [0.0]}
@@ -141,13 +143,17 @@ def _history(feasible: list[Trial], baseline: Point, images: int) -> dict[str, l
             continue
         new = point(trial)
         spent += images
-        beaten = any(all(a <= b for a, b in zip(p.losses, new.losses, strict=True)) for p in front)
-        if not beaten:
-            front = non_dominated([*front, new])
-            volume = hypervolume(front, baseline)
+        if not any(_matches(p, new) for p in front):
+            front = [p for p in front if not _matches(new, p)] + [new]
+            volume = hypervolume(front, baseline) if baseline else 0.0
         history["images"].append(spent)
         history["value"].append(round(volume, 4))
-    return history
+    return front, history
+
+
+def _matches(p: Point, q: Point) -> bool:
+    """Whether `p` is as good as `q` on every axis."""
+    return p.alignment >= q.alignment and p.quality >= q.quality and p.latency <= q.latency
 
 
 def _search(trials: list[Trial], described: dict[str, Any], config: Config, state: str) -> dict[str, Any]:

@@ -72,8 +72,10 @@ def read_trials(path: Path) -> tuple[list[Trial], dict[str, Any]]:
             raise
         raise Unreadable(f"{path.name} cannot be read: {error}.") from None
     return [
-        Trial(number, state, _seconds(start), _seconds(end), _three(values.get(i, {})), i not in broken, rules.get(i) or 0,
-              attributes.get(i, {}))
+        Trial(
+            number, state, _seconds(start), _seconds(end), _three(values.get(i, {})), i not in broken,
+            rules.get(i) or 0, attributes.get(i, {}),
+        )
         for i, number, state, start, end in rows
     ], described  # fmt: skip
 

@@ -153,7 +153,7 @@ function scatter(run, width, selected) {
     el("line", { class: "zero", x1: x(zero[view.x]), x2: x(zero[view.x]), y1: margin.top, y2: height - margin.bottom }),
     el("line", { class: "zero", x1: margin.left, x2: width - margin.right, y1: y(zero[view.y]), y2: y(zero[view.y]) }),
     el("text", { x: width - margin.right, y: height - 6, "text-anchor": "end", class: "strong" }, `${all[view.x].label} →`),
-    el("text", { x: 0, y: 14, class: "strong" }, `↑ ${all[view.y].label}, ${all[view.y].unit} against the unmodified model`));
+    el("text", { x: 0, y: 14, class: "strong" }, `↑ ${all[view.y].label}, ${all[view.y].unit}${width > 480 ? " against the unmodified model" : ""}`));
 
   // the best of these two axes among what the search saw, as stairs
   let best = -Infinity;
@@ -201,7 +201,7 @@ function scatter(run, width, selected) {
 function names(svg, placed, width, height) {
   const pen = document.createElement("canvas").getContext("2d");
   pen.font = "12px system-ui, sans-serif";
-  const taken = placed.filter((p) => p.m.kind !== "trial" && p.m.kind !== "infeasible").map((p) => [p.px - 7, p.py - 7, p.px + 7, p.py + 7]);
+  const taken = placed.map(({ px, py, m }) => [px, py, m.kind === "trial" || m.kind === "infeasible" ? 5 : 7]).map(([px, py, r]) => [px - r, py - r, px + r, py + r]);
   const overlap = (a) => taken.reduce((sum, b) => sum + Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) * Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1])), 0);
   for (const { px, py, m } of placed) {
     const once = m.kind === "anchor" && (!m.seen || !view.confirmed);
@@ -329,11 +329,11 @@ function copy(code) {
 
 /** A grid that is one stop of the Tab key: arrows walk over its cells, and what a cell says is read out below. */
 function grid(rows, columns, width, describe, { gaps = [], axes: [down, across], label, names: rowNames }) {
-  const left = rowNames ? Math.max(...rowNames.map((n) => n.length)) * 6.6 + 12 : 34, foot = 34;
+  const left = rowNames ? Math.max(...rowNames.map((n) => n.length)) * 6.6 + 12 : 34, foot = 30;
   const w = clamp((width - left - 2) / columns, 4, 30), h = rowNames ? 22 : clamp(360 / rows, 7, 20);
   const top = (r) => 4 + r * h + gaps.filter((g) => g.first <= r && g.first > 0).length * 14;
   const svg = el("svg", { width: left + w * columns, height: top(rows - 1) + h + foot, role: "group", "aria-label": label }, textures(label));
-  const readout = el("p", { class: "readout soft", "aria-hidden": true });
+  const readout = el("p", { class: "readout soft", "aria-hidden": true }, "Point at a cell to read it, or walk with the arrow keys.");
   const cells = [];
   for (let r = 0; r < rows; r++)
     for (let c = 0; c < columns; c++) {
@@ -440,7 +440,7 @@ function kinds(one, run, width, named) {
   roles.forEach((role, i) => {
     const x = axis(-domain, domain, label + i * (room + 20), label + i * (room + 20) + room), foot = one.kinds.length * h + 22;
     svg.append(el("text", { x: x(0), y: 12, "text-anchor": "middle", class: "strong" }, role), el("line", { class: "zero", x1: x(0), x2: x(0), y1: 18, y2: foot }));
-    for (const t of ticks(-domain, domain, room / 70)) svg.append(el("text", { x: x(t), y: foot + 15, "text-anchor": "middle" }, t ? signed(t, 0) : "0"));
+    for (const t of ticks(-domain, domain, room / 52)) svg.append(el("text", { x: x(t), y: foot + 15, "text-anchor": "middle" }, t ? signed(t, 0) : "0"));
     one.kinds.forEach((k, row) => {
       const y = 20 + row * h, v = 100 * k[role].delta;
       svg.append(el("rect", { class: `bar ${v < 0 ? "down" : ""}`, x: Math.min(x(0), x(v)), width: Math.abs(x(v) - x(0)), y: y + 5, height: h - 10, rx: 2 }));
@@ -538,9 +538,9 @@ function history(h, width) {
   const x = axis(0, last, 46, width - 16), y = axis(0, top * 1.08, height - 38, 12), path = [];
   h.images.forEach((n, i) => path.push(`${x(n).toFixed(1)},${y(h.value[Math.max(0, i - 1)]).toFixed(1)}`, `${x(n).toFixed(1)},${y(h.value[i]).toFixed(1)}`));
   return el("svg", { width, height, role: "img", "aria-label": `Hypervolume ${h.value.at(-1)} after ${last} pictures` },
-    ticks(0, top * 1.08, 4).flatMap((t) => [el("line", { class: "gridline", x1: 46, x2: width - 16, y1: y(t), y2: y(t) }), el("text", { x: 38, y: y(t) + 4, "text-anchor": "end" }, String(t))]),
+    ticks(0, top * 1.08, 5).flatMap((t) => [el("line", { class: "gridline", x1: 46, x2: width - 16, y1: y(t), y2: y(t) }), el("text", { x: 38, y: y(t) + 4, "text-anchor": "end" }, String(t))]),
     ticks(0, last, width / 120).map((t) => el("text", { x: x(t), y: height - 20, "text-anchor": "middle" }, t.toLocaleString("en"))),
-    el("text", { x: width - 16, y: height - 3, "text-anchor": "end", class: "strong" }, "pictures →"), el("polyline", { class: "stair", points: path.join(" ") }));
+    el("text", { x: width - 16, y: height - 3, "text-anchor": "end", class: "strong" }, "pictures →"), el("polyline", { class: "stair history", points: path.join(" ") }));
 }
 
 async function probing(width) {
