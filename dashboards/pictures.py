@@ -1,6 +1,7 @@
 """Single pictures out of a run's archives, exact, without unpacking the archive whole."""
 
 import io
+import re
 import zipfile
 from functools import lru_cache
 
@@ -10,15 +11,21 @@ from PIL import Image
 from .files import Missing, RunFiles, Unreadable
 
 
+_HEADER = re.compile(rb"{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+), (\d+), 3\), }\s*")
+
+
 def _open(archive: zipfile.ZipFile):
-    """The stream of the pictures, past its header, with their shape `(n, height, width, 3)`."""
+    """The stream of the pictures, past its header, with their shape `(n, height, width)`.
+
+    NumPy's reader of headers parses Python, which CPython 3.11 cannot do in one thread while another imports torch.
+    """
     stream = archive.open("images.npy")
-    version = np.lib.format.read_magic(stream)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = reader(stream)
-    if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-        raise ValueError(f"it holds {dtype} {shape}, not pictures")
-    return stream, shape
+    magic = stream.read(8)
+    length = int.from_bytes(stream.read(2 if magic[6:7] == b"\x01" else 4), "little")
+    header = _HEADER.fullmatch(stream.read(min(length, 1024)))
+    if magic[:6] != b"\x93NUMPY" or header is None:
+        raise ValueError("it does not hold pictures")
+    return stream, tuple(map(int, header.groups()))
 
 
 def count(files: RunFiles, name: str) -> int:
@@ -37,7 +44,7 @@ def picture(files: RunFiles, name: str, index: int) -> Image.Image:
     path = files.path("images", f"{name}.npz")
     try:
         with zipfile.ZipFile(path) as archive:
-            stream, (n, height, width, _) = _open(archive)
+            stream, (n, height, width) = _open(archive)
             if not 0 <= index < n:
                 raise Missing(f"picture {index} is not among the {n} of {name}.")
             size = height * width * 3
