@@ -10,7 +10,6 @@ from PIL import Image
 
 from .files import Missing, RunFiles, Unreadable
 
-
 _HEADER = re.compile(rb"{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+), (\d+), 3\), }\s*")
 
 
