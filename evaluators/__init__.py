@@ -3,15 +3,20 @@
 `get("shapes").score(images, prompts)` is a float64 array `(n,)`, one score per image.
 """
 
-from .checkpoints import CheckpointError
-from .distances import cmmd, fid
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .evaluator import Evaluator, as_array, scale_of
-from .footprint import count_flops, peak_memory
-from .latency import CostTable, measure_cost_table, time_runs
 from .prompt_sets import read_prompt_set
 from .prompts import Prompt, load_prompts, prompts_digest
 from .registry import UnknownEvaluator, families, get, names, register
 from .statistics import Interval, holm, mcnemar, minimum_detectable_difference, paired_interval
+
+if TYPE_CHECKING:
+    from .checkpoints import CheckpointError
+    from .distances import cmmd, fid
+    from .footprint import count_flops, peak_memory
+    from .latency import CostTable, measure_cost_table, time_runs
 
 __all__ = [
     "CheckpointError",
@@ -40,3 +45,22 @@ __all__ = [
     "scale_of",
     "time_runs",
 ]
+
+
+# What needs torch, which takes seconds to import, is looked up when it is asked for.
+_LATE = {
+    "CheckpointError": "checkpoints",
+    "CostTable": "latency",
+    "cmmd": "distances",
+    "count_flops": "footprint",
+    "fid": "distances",
+    "measure_cost_table": "latency",
+    "peak_memory": "footprint",
+    "time_runs": "latency",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(import_module(f".{_LATE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

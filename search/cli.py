@@ -331,6 +331,30 @@ def verify(
 
 
 @app.command()
+def dashboard(
+    run: RunArgument = DEFAULT_RUN,
+    host: Annotated[str, typer.Option(help="who may look: this machine alone by default")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one")] = 8431,
+) -> None:
+    """Show a run in the browser: the front, its pictures, what each policy does; live while it searches."""
+    from ..dashboards.server import serve
+
+    serve(run, host, port)
+
+
+@app.command()
+def report(
+    run: RunArgument = DEFAULT_RUN,
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("report.html"),
+) -> None:
+    """Write the same page as one file to mail or attach."""
+    from ..dashboards.report import write_report
+
+    write_report(run, output)
+    typer.echo(output)
+
+
+@app.command()
 def schema(
     config: Annotated[bool, typer.Option("--config", help="of the config instead of the policy file")] = False,
 ) -> None:

@@ -1,0 +1,176 @@
+"""Where a run stands: its trials and confirmed candidates as columns, the front, what is left. Needs no torch."""
+
+from typing import Any
+
+from ..search.config import Config
+from ..search.front import Confirmed, Point, hypervolume
+from .files import RunFiles, Unreadable
+from .trials import Trial, read_trials
+
+_RECENT = 50  # trials whose pace tells how long the rest takes
+
+
+def standing(files: RunFiles) -> dict[str, Any]:
+    """What the page shows first. A directory without a run, or with one that cannot be read, is a sentence."""
+    try:
+        if not files.has("config.yaml"):
+            return {
+                "name": files.root.name,
+                "state": "empty",
+                "sentence": "This folder holds no run. A search started with "
+                f"blocktune search --out {files.root} will appear here by itself.",
+            }
+        return _of_run(files)
+    except Unreadable as error:
+        return {"name": files.root.name, "state": "broken", "sentence": str(error)}
+
+
+def _of_run(files: RunFiles) -> dict[str, Any]:
+    config = files.config()
+    record, confirmed = confirmed_of(files)
+    trials, described = study_of(files, config)
+    feasible = [t for t in trials if t.complete and t.feasible]
+    baseline = next((point(t) for t in trials if t.complete and t.attributes.get("anchor") == "unmodified"), None)
+    front, history = _history(feasible, baseline, config.prompts.search_images)
+    state = _state(trials, config, bool(confirmed))
+    return {
+        "name": config.name,
+        "state": state,
+        "sentence": _sentence(state, trials, config, confirmed),
+        "objectives": config.objectives.model_dump(mode="json"),
+        "baseline": baseline and {k: getattr(baseline, k) for k in ("alignment", "quality", "latency", "steps")},
+        "trials": _columns(trials, {p.name for p in front}),
+        "confirmed": [_confirmed(c, record["margin"]) for c in confirmed],
+        "margin": record.get("margin"),
+        "level": record.get("level"),
+        "hypervolume": history if baseline else None,
+        "search": _search(trials, described, config, state),
+        "probe": files.has("probe.parquet"),
+    }
+
+
+def slug(name: str) -> str:
+    """The name of a candidate as files and addresses spell it."""
+    return name.replace(" ", "-")
+
+
+def point(trial: Trial) -> Point:
+    """A complete trial on the axes."""
+    assert trial.values is not None
+    return Point(trial.name, *trial.values, trial.attributes["key"], trial.attributes["steps"])
+
+
+def confirmed_of(files: RunFiles) -> tuple[dict[str, Any], list[Confirmed]]:
+    """What confirm wrote; nothing where it has not."""
+    if not files.has("confirmed.json"):
+        return {}, []
+    record = files.json("confirmed.json")
+    try:
+        return record, [Confirmed.from_dict(c) for c in record["confirmed"]]
+    except (KeyError, TypeError) as error:
+        raise Unreadable(f"confirmed.json is not what confirm writes: {error!r}.") from None
+
+
+def study_of(files: RunFiles, config: Config) -> tuple[list[Trial], dict[str, Any]]:
+    """The trials in the run directory; none before the first, nor where another storage keeps them."""
+    return read_trials(files.path("study.db")) if config.search.storage is None and files.has("study.db") else ([], {})
+
+
+def _finished(trials: list[Trial]) -> int:
+    return sum(t.complete or (t.state == "FAIL" and "reason" in t.attributes) for t in trials)
+
+
+def _state(trials: list[Trial], config: Config, confirmed: bool) -> str:
+    if not trials:
+        return "starting"
+    if _finished(trials) < config.search.trials:
+        return "searching"
+    return "finished" if confirmed else "confirming"
+
+
+def _sentence(state: str, trials: list[Trial], config: Config, confirmed: list[Confirmed]) -> str:
+    done, wanted = _finished(trials), config.search.trials
+    if state == "starting":
+        if config.search.storage is not None:
+            return "The study is kept in another storage than this folder, which is all that this page reads."
+        return "The search has not begun its first trial yet."
+    if state == "searching":
+        return f"Searching: {done} of {wanted} trials are done."
+    if state == "confirming":
+        return f"All {done} trials are done; the front is being measured on held-out prompts, or waits for it."
+    picked = [f"{' and '.join(c.picks)}: {c.name}" for c in confirmed if c.picks]
+    held = "; ".join(picked) if picked else "nothing held beside the unmodified model, so nothing is picked"
+    return f"{done} trials, {len(confirmed)} candidates confirmed. {held[0].upper()}{held[1:]}."
+
+
+def _columns(trials: list[Trial], front: set[str]) -> dict[str, list[Any]]:
+    values = [t.values if t.complete else None for t in trials]
+    return {
+        "number": [t.number for t in trials],
+        "name": [t.name for t in trials],
+        "slug": [slug(t.name) for t in trials],
+        "state": [t.state.lower() for t in trials],
+        "alignment": [v and round(v[0], 6) for v in values],
+        "quality": [v and round(v[1], 6) for v in values],
+        "latency": [v and round(v[2], 6) for v in values],
+        "steps": [t.attributes.get("steps") for t in trials],
+        "feasible": [t.feasible for t in trials],
+        "anchor": ["anchor" in t.attributes for t in trials],
+        "front": [t.complete and t.feasible and t.name in front for t in trials],
+        "reason": [t.attributes.get("reason") for t in trials],
+    }
+
+
+def _confirmed(c: Confirmed, margin: float) -> dict[str, Any]:
+    told = {k: getattr(c, k) for k in ("name", "steps", "anchor", "rules", "speedup", "predicted_speedup", "picks")}
+    ends = {
+        k: {end: round(getattr(getattr(c, k), end), 6) for end in ("delta", "low", "high")}
+        for k in ("alignment", "quality")
+    }
+    return {"slug": slug(c.name), **told, **ends, "held": c.holds(margin), "n": c.alignment.n}
+
+
+def _history(feasible: list[Trial], baseline: Point | None, images: int) -> tuple[list[Point], dict[str, list[float]]]:
+    """The front, and its hypervolume after so many pictures; a trial that repeats another draws none.
+
+    The front grows point by point, so that two thousand trials take no longer than a person waits.
+    """
+    front: list[Point] = []
+    spent, volume = 0, 0.0
+    history: dict[str, list[float]] = {"images": [0], "value": [0.0]}
+    for trial in sorted(feasible, key=lambda t: t.end or 0.0):
+        if "same_as" in trial.attributes:
+            continue
+        new = point(trial)
+        spent += images
+        if not any(_matches(p, new) for p in front):
+            front = [p for p in front if not _matches(new, p)] + [new]
+            volume = hypervolume(front, baseline) if baseline else 0.0
+        history["images"].append(spent)
+        history["value"].append(round(volume, 4))
+    return front, history
+
+
+def _matches(p: Point, q: Point) -> bool:
+    """Whether `p` is as good as `q` on every axis."""
+    return p.alignment >= q.alignment and p.quality >= q.quality and p.latency <= q.latency
+
+
+def _search(trials: list[Trial], described: dict[str, Any], config: Config, state: str) -> dict[str, Any]:
+    ends = sorted(t.end for t in trials if t.complete and t.end and "same_as" not in t.attributes)
+    recent = ends[-_RECENT:]
+    left = config.search.trials - _finished(trials)
+    pace = (recent[-1] - recent[0]) / (len(recent) - 1) if len(recent) > 1 else None
+    states = [t.state for t in trials]
+    return {
+        "wanted": config.search.trials,
+        "complete": states.count("COMPLETE"),
+        "failed": states.count("FAIL"),
+        "running": states.count("RUNNING"),
+        "left": round(left * pace, 1) if pace is not None and state == "searching" else None,
+        "last": ends[-1] if ends else None,
+        "pace": pace and round(pace, 3),
+        "images": config.prompts.search_images,
+        "sampler": f"{config.search.sampler}, seed {config.search.seed}",
+        **{k: v for k, v in (described.get("description") or {}).items() if k in ("device", "dtype")},
+    }
