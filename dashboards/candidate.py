@@ -13,21 +13,21 @@ from ..search.config import Config
 from ..search.front import Confirmed, held_out_name
 from . import pictures
 from .files import Missing, RunFiles, Unreadable
-from .standing import confirmed_of, slug, study_of
+from .standing import confirmed_of, margins_of, slug, study_of
 from .trials import Trial
 
 FIDELITY = ("psnr", "ssim")  # likeness to the unmodified picture: a difference to the unmodified model says nothing
 
 
-def find(files: RunFiles, name: str) -> tuple[Trial, Confirmed | None, float]:
-    """The complete trial under the name `trial-7` or of an anchor, as confirmed, and the margin of the run."""
+def find(files: RunFiles, name: str) -> tuple[Trial, Confirmed | None, tuple[float, float]]:
+    """The complete trial under the name `trial-7` or of an anchor, as confirmed, and the margins of the run."""
     config = files.config()
     found = [t for t in study_of(files, config)[0] if t.complete and slug(t.name) == name]
     if not found:
         raise Missing(f"{name} is no finished trial of this run.")
     record, confirmed = confirmed_of(files)
     held_out = next((c for c in confirmed if c.key == found[0].attributes["key"]), None)
-    return found[0], held_out, record.get("margin", 0.0)
+    return found[0], held_out, margins_of(record)
 
 
 def policy_files(files: RunFiles, trial: Trial, confirmed: Confirmed | None) -> list[str]:
@@ -39,7 +39,7 @@ def policy_files(files: RunFiles, trial: Trial, confirmed: Confirmed | None) -> 
 def describe(files: RunFiles, name: str) -> dict[str, Any]:
     """Everything of one candidate but its plan, which takes torch. Raises Missing or Unreadable."""
     config = files.config()
-    trial, confirmed, margin = find(files, name)
+    trial, confirmed, margins = find(files, name)
     objectives = config.objectives
     evaluators = list(dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported)))
     if confirmed:
@@ -68,8 +68,8 @@ def describe(files: RunFiles, name: str) -> dict[str, Any]:
         "predicted": speedup,
         "seconds": confirmed.seconds if confirmed else trial.attributes["metrics"].get("latency"),
         "confirmed": confirmed is not None,
-        "held": bool(confirmed and confirmed.holds(margin)),
-        "margin": margin,
+        "held": bool(confirmed and confirmed.holds(*margins)),
+        "margin": margins[0],
         "picks": confirmed.picks if confirmed else [],
         "seen": {k: trial.attributes["metrics"].get(k) for k in evaluators},
         "metrics": metrics,

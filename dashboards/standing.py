@@ -40,8 +40,9 @@ def _of_run(files: RunFiles) -> dict[str, Any]:
         "objectives": config.objectives.model_dump(mode="json"),
         "baseline": baseline and {k: getattr(baseline, k) for k in ("alignment", "quality", "latency", "steps")},
         "trials": _columns(trials, {p.name for p in front}),
-        "confirmed": [_confirmed(c, record["margin"]) for c in confirmed],
+        "confirmed": [_confirmed(c, margins_of(record)) for c in confirmed],
         "margin": record.get("margin"),
+        "quality_margin": margins_of(record)[1],
         "level": record.get("level"),
         "hypervolume": history if baseline else None,
         "search": _search(trials, described, config, state),
@@ -121,13 +122,19 @@ def _columns(trials: list[Trial], front: set[str]) -> dict[str, list[Any]]:
     }
 
 
-def _confirmed(c: Confirmed, margin: float) -> dict[str, Any]:
+def margins_of(record: dict[str, Any]) -> tuple[float, float]:
+    """How much alignment and quality may have been lost where a candidate held; older runs have one for both."""
+    margin = record.get("margin", 0.0)
+    return margin, record.get("quality_margin", margin)
+
+
+def _confirmed(c: Confirmed, margins: tuple[float, float]) -> dict[str, Any]:
     told = {k: getattr(c, k) for k in ("name", "steps", "anchor", "rules", "speedup", "predicted_speedup", "picks")}
     ends = {
         k: {end: round(getattr(getattr(c, k), end), 6) for end in ("delta", "low", "high")}
         for k in ("alignment", "quality")
     }
-    return {"slug": slug(c.name), **told, **ends, "held": c.holds(margin), "n": c.alignment.n}
+    return {"slug": slug(c.name), **told, **ends, "held": c.holds(*margins), "n": c.alignment.n}
 
 
 def _history(feasible: list[Trial], baseline: Point | None, images: int) -> tuple[list[Point], dict[str, list[float]]]:

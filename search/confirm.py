@@ -132,4 +132,5 @@ def _file(study: Study, name: str, member: Confirmed, policy: BlockPolicy, compa
 def load_confirmed(run) -> tuple[dict, list[Confirmed]]:
     """What `confirm` wrote."""
     record = json.loads(run.confirmed.read_text())
+    record.setdefault("quality_margin", record["margin"])  # runs of before had one margin for both
     return record, [Confirmed.from_dict(c) for c in record["confirmed"]]

@@ -266,7 +266,7 @@ function candidates(run, selected) {
   return el("div", { id: "candidates", tabindex: -1 },
     el("h3", {}, held ? "Confirmed on held-out prompts" : "Front, as the search saw it"),
     el("p", { class: "note" }, held
-      ? `Differences to the unmodified model in points over ${run.confirmed[0].n} pictures of new seeds, with ${(100 * run.level).toFixed(1)} % intervals. Held: neither can have lost over ${(100 * run.margin).toFixed(1)} points.`
+      ? `Differences to the unmodified model in points over ${run.confirmed[0].n} pictures of new seeds, with ${(100 * run.level).toFixed(1)} % intervals. Held: alignment can have lost at most ${(100 * run.margin).toFixed(1)} points, quality ${(100 * run.quality_margin).toFixed(1)}.`
       : "Differences to the unmodified model in points. The best of many is partly luck: confirm measures it again on held-out prompts."),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Candidates" }, el("table", {},
       el("thead", {}, el("tr", {}, ["candidate", "speed-up", "alignment", "quality", ...(held ? ["held"] : [])].map((name, i) => el("th", { scope: "col", class: i && i < 4 && "number" }, name)))),
