@@ -15,7 +15,10 @@ app = typer.Typer(
 )  # fmt: skip
 RunArgument = Annotated[Path, typer.Argument(help="a run directory")]
 DEFAULT_RUN = Path("runs/reference")
-PolicyArgument = Annotated[Path, typer.Argument(help="a policy file")]
+PolicyArgument = Annotated[str, typer.Argument(help="a policy file, or models:/NAME@balanced of the Model Registry")]
+MlflowOption = Annotated[
+    str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="where the Model Registry of a models:/ policy is")
+]
 ModelOption = Annotated[str, typer.Option(help="pipeline folder or hub id")]
 PromptsOption = Annotated[
     str, typer.Option(help="`test`, `confirm`, `search` of the reference model, or what prompts.search accepts")
@@ -34,12 +37,14 @@ def search(
     """Search policies, confirm the front on held-out prompts, export the picks."""
     from .config import load_config
     from .run_directory import RunDirectory
+    from .tracking import send_left
 
     settings = load_config(config, set_ or [])
     run = RunDirectory(out or Path("runs") / settings.name)
     if resume and config is None and run.config.exists():
         settings = load_config(run.config, set_ or [])
     if run.finished(settings):
+        send_left(settings, run)
         typer.echo(f"{run.path} holds this search, finished; nothing was left to do.\n")
         _tell(run)
         more = 2 * settings.search.trials
@@ -195,6 +200,13 @@ def export(
     typer.echo(output)
 
 
+def _policy(source: str, mlflow_uri: str | None):
+    from ..policies import BlockPolicy
+    from .tracking import registered_policy
+
+    return registered_policy(source, mlflow_uri) if source.startswith("models:/") else BlockPolicy.load(source)
+
+
 def _prepare(policy, model: str, steps: int | None, guidance: float | None):
     """A pipeline, the sampling of the unmodified model that `policy` is compared with, and the steps under `policy`."""
     import torch
@@ -220,19 +232,22 @@ def _prepare(policy, model: str, steps: int | None, guidance: float | None):
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="what to draw")],
-    policy: Annotated[Path | None, typer.Option(help="a policy file; without it the unmodified model draws")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="a policy file, or models:/NAME@balanced; without it the unmodified model draws"),
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("out.png"),
     model: ModelOption = "reference",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="the policy's own when not given")] = None,
     guidance: Annotated[float | None, typer.Option(help="the policy's own when not given")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="the unmodified model's picture beside it")] = False,
+    mlflow_uri: MlflowOption = None,
 ) -> None:
     """Draw one picture under a policy."""
     from PIL import Image
 
     from ..evaluators import Prompt
-    from ..policies import BlockPolicy
     from .config import ConfigError
     from .generation import embed
     from .generation import generate as pictures
@@ -240,7 +255,7 @@ def generate(
 
     if not prompt.strip():
         raise ConfigError("--prompt is empty; accepted: a sentence.")
-    loaded = BlockPolicy.load(policy) if policy else None
+    loaded = _policy(policy, mlflow_uri) if policy else None
     pipe, generation, count = _prepare(loaded, model, steps, guidance)
     wanted, embeddings = [Prompt(prompt, "", seed)], embed(pipe, [prompt], generation)
     image = pictures(pipe, wanted, embeddings, generation, count, loaded)
@@ -259,15 +274,15 @@ def evaluate(
     prompts: PromptsOption = "test",
     images: Annotated[int | None, typer.Option(min=2, help="the first so many prompts; all when not given")] = None,
     evaluators: Annotated[str, typer.Option(help="names, separated by commas")] = "shapes,shapes_binary,crispness",
+    mlflow_uri: MlflowOption = None,
 ) -> None:
     """Score a policy against the unmodified model, paired, with 95 % intervals."""
     from ..evaluators import get, paired_interval, scale_of
-    from ..policies import BlockPolicy
     from .generation import embed
     from .generation import generate as pictures
     from .progress import Display
 
-    loaded = BlockPolicy.load(policy)
+    loaded = _policy(policy, mlflow_uri)
     chosen = _prompts(prompts, images)
     scorers = [get(name) for name in evaluators.split(",")]
     pipe, generation, count = _prepare(loaded, model, None, None)
@@ -310,14 +325,14 @@ def verify(
         float, typer.Option(min=0, max=1, help="how much slower than the file says still holds")
     ] = 0.1,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    mlflow_uri: MlflowOption = None,
 ) -> None:
     """Measure a policy on this device and say whether what its file claims holds: exit 0 if so, 1 if not."""
-    from ..policies import BlockPolicy
     from .generation import BrokenPicture
     from .progress import Display
     from .verify import verify as measured
 
-    loaded = BlockPolicy.load(policy)
+    loaded = _policy(policy, mlflow_uri)
     chosen = _prompts(prompts, images)
     pipe, generation, steps = _prepare(loaded, model, None, None)
     wanted = evaluators.split(",") if evaluators is not None else None

@@ -137,6 +137,11 @@ class Ray(_Section):
 class Mlflow(_Section):
     uri: str | None = Field(default=None, description="any tracking URI; SQLite in the run directory when not given")
     experiment: str = "blocktune"
+    registered_model: str | None = Field(
+        default=None,
+        pattern="^[^/:@]+$",
+        description="what the picks are versions of in the Model Registry; `<experiment>-<name>` when not given",
+    )
 
 
 class Config(_Section):

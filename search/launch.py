@@ -1,8 +1,14 @@
 """A search from its config to its report: workers, study, confirm, pictures, records."""
 
+import os
+import platform
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+import psutil
 
 from .config import Config
 from .confirm import confirm
@@ -34,14 +40,11 @@ def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunD
             pool = Pool(config, state.get("dtype"))
             described = pool.description
             display.say(f"{pool.size} worker{'s' * (pool.size > 1)} on {described.device}, {described.dtype}")
-            uri = config.mlflow.uri or f"sqlite:///{path.absolute() / 'mlflow.db'}"
-            tracker = Tracker(
-                uri, config.mlflow.experiment, path / "artifacts", config.name, state.get("mlflow_run_id")
-            )
-            state = {"dtype": described.dtype, "mlflow_run_id": tracker.run_id}
+            state = {"dtype": described.dtype, "search": state.get("search") or uuid4().hex}
             run.write_json(run.state, state)
-            tags = {"fingerprint": described.model.fingerprint, "device": described.device, "dtype": described.dtype}
-            tracker.describe(_flat(config.model_dump(mode="json")), tags | described.versions)
+            tracker = Tracker(config, path, state["search"])
+            prompts = {split: read_prompts(config, split) for split in ("search", "confirm")}
+            tracker.begin(_flat(config.model_dump(mode="json")), _circumstances(pool), prompts)
             study = Study(config, run, pool, tracker, display)
             if not confirm_only:
                 study.search()
@@ -60,16 +63,22 @@ def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunD
                 "hypervolume": f"{study.standing()['hypervolume']:.3f}",
             }
             write_report(run, facts)
-            tracker.finish("FINISHED", [run.front, run.compare, run.report, run.confirmed, run.config])
+            files = [run.front, run.compare, run.report, run.confirmed, run.config, *run.policies.glob("*.json")]
+            picks = {name: run.policies / f"{name}.json" for c in confirmed for name in c.picks}
+            tracker.finish("FINISHED", files, {"front": study.front_table()}, picks)
+            state |= {"mlflow_run_id": tracker.run_id}
+            run.write_json(run.state, state)
             if study.finished() >= config.search.trials:
                 run.write_json(run.state, state | {"finished": config.model_dump(mode="json")})
-        except KeyboardInterrupt:
+        except BaseException as error:
             if tracker:
-                tracker.finish("KILLED", [])
+                tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         finally:
             if pool:
                 pool.close()
+            if tracker:
+                tracker.close()
             run.release()
     return run
 
@@ -85,7 +94,24 @@ def _grids(run: RunDirectory, study: Study, confirmed: list[Confirmed]) -> None:
             c.name: run.read_images(held_out_name(c))[:6],
         }
         side_by_side(columns, captions, path)
-        study.tracker.front_member(numbers[c.key], path)
+        held = {"speedup": c.speedup, "alignment_delta": c.alignment.delta, "quality_delta": c.quality.delta}
+        metrics = {f"confirmed_{name}": value for name, value in held.items()}
+        study.tracker.confirmed(numbers[c.key], metrics, c.picks, path)
+
+
+def _circumstances(pool: Pool) -> dict[str, Any]:
+    """Model, hardware and versions, of the workers and of this process."""
+    described = pool.description
+    return {
+        "fingerprint": described.model.fingerprint,
+        "device": described.device,
+        "dtype": described.dtype,
+        "workers": pool.size,
+        "nodes": len(set(pool.nodes)),
+        "driver": f"{platform.platform()}, {os.cpu_count()} CPUs, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        **described.versions,
+        **{name: version(name) for name in ("blocktune", "optuna", "ray", "mlflow")},
+    }
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:

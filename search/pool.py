@@ -62,6 +62,7 @@ class Pool:
         gpus = self.config.ray.gpus_per_worker
         if gpus is None:
             gpus = 1.0 if resources.get("GPU", 0) else 0.0
+        self.gpus = gpus  # each worker has
         cpus = min(self.config.ray.cpus_per_worker, int(resources.get("CPU", 1)))
         room = int(resources["GPU"] / gpus) if gpus else int(resources.get("CPU", 1) // cpus)
         count = self.config.ray.workers or max(1, room if gpus else min(room, MOST_ON_CPUS))

@@ -217,7 +217,7 @@ class Study:
         """Tell MLflow, then Optuna, what the attributes of `trial` say; after a kill in between, both again."""
         told = trial.user_attrs
         policy, metrics, reason = BlockPolicy.model_validate(told["policy"]), told.get("metrics"), told.get("reason")
-        self.tracker.trial(trial.number, trial.params, metrics or {}, policy, reason)
+        self.tracker.trial(trial.number, trial.datetime_start, trial.params, metrics or {}, policy, reason)
         if metrics is None:
             return self.study.tell(trial.number, state=TrialState.FAIL)
         objectives = self.config.objectives
@@ -269,14 +269,30 @@ class Study:
             "failed": float(len(self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))),
         }
 
+    def spent(self) -> dict[str, float]:
+        """Pictures made and seconds of workers in the trials that were measured; those of GPUs where there are."""
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        measured = [t.user_attrs["metrics"] for t in trials if "same_as" not in t.user_attrs]
+        seconds = sum(m["generate_seconds"] + m["score_seconds"] for m in measured)
+        spent = {"images": float(len(measured) * len(self.prompts)), "worker_seconds": seconds}
+        return spent | ({"gpu_seconds": seconds * self.pool.gpus} if self.pool.gpus else {})
+
     def _after(self, number: int, chosen: Candidate, images: int, seconds: float) -> None:
         standing = self.standing()
-        self.tracker.progress(number, standing)
+        self.tracker.progress(number, standing | self.spent())
         self.display.trials(self.finished(), self.config.search.trials, standing, images, seconds)
 
     def front(self) -> list[Point]:
         """Non-dominated feasible trials, fastest first."""
         return non_dominated([point_of(t) for t in feasible(self.study)])
+
+    def front_table(self) -> list[dict[str, Any]]:
+        """The front as rows for a person, fastest first."""
+        return [
+            {"candidate": p.name, "steps": p.steps, "alignment": p.alignment, "quality": p.quality,
+             "latency": p.latency, "speedup": self.baseline.latency / p.latency, "key": p.key[:16]}
+            for p in self.front()
+        ]  # fmt: skip
 
     def cautious(self, trial: optuna.trial.FrozenTrial) -> Point:
         """A trial's point with alignment and quality lower by the standard error of what they differ from baseline."""

@@ -1,120 +1,392 @@
-"""MLflow from the driver: a parent run for the search and a child run per trial. A tracker that fails warns, once."""
+"""MLflow from the driver: a parent run for the search, a child run per trial, and the picks in the Model Registry.
 
+The search hands over records and goes on; a thread sends them. What is not sent yet lies in `outbox.jsonl` of the run
+directory, so that neither a server that dies nor a driver that is killed loses any. Only MlflowClient is used: no
+active runs, no global state. Not covered: two searches that write one run.
+"""
+
+import hashlib
+import json
 import logging
+import os
+import queue
+import re
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..evaluators import Prompt
 from ..policies import BlockPolicy
+from .config import Config, ConfigError
+from .run_directory import RunDirectory
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+# the outbox tries again by itself, and sooner than MLflow, which would hold one call for minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 _LOG = logging.getLogger("blocktune")
+OUTBOX = "outbox.jsonl"
+_AGAIN = 1.0  # seconds between two tries of a server that does not answer
+_MOMENT = 10.0  # seconds that anything waits for such a server
+_SLOW = 60.0  # seconds that the end waits for one that has not failed
+
+
+def tracking_uri(config: Config, folder: Path) -> str:
+    return config.mlflow.uri or f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+
+
+def registered_model(config: Config) -> str:
+    """Under what name the picks are registered; a name must be free of what separates it from version and alias."""
+    return config.mlflow.registered_model or re.sub("[/:@]+", "-", f"{config.mlflow.experiment}-{config.name}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What to add to the parent run, or with a number to that trial's: sent twice, it is there once."""
+
+    stamp: int  # milliseconds since 1970, as MLflow counts
+    trial: int | None = None
+    started: int | None = None
+    params: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    tags: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # by the artifact's path
+    files: list[str] = field(default_factory=list)  # in the run directory, where they lie there
+    datasets: list[dict[str, str]] = field(default_factory=list)
+    picks: dict[str, str] | None = None  # policy files by alias
+    status: str | None = None
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the server answered that it will never take this, so that sending it again is vain."""
+    status = getattr(error, "get_http_status_code", lambda: 0)()
+    return status in (400, 404, 409)
 
 
 class Tracker:
-    """Writes to one tracking server through MlflowClient: no active runs, no global state."""
+    """Records of one search, which `search` (an id of its own) names on the server whatever process goes on with it."""
 
-    def __init__(self, uri: str, experiment: str, artifacts: Path, name: str, run_id: str | None):
-        self.run_id = run_id or ""  # empty while the server has never answered
+    def __init__(self, config: Config, folder: Path, search: str):
+        self._uri, self._folder, self._search, self._config = tracking_uri(config, folder), folder, search, config
+        self._outbox = folder / OUTBOX
+        self._client: Any = None  # None while the server does not answer
+        self._monitor: Any = None
         self._children: dict[int, str] = {}
-        self._alive = True
-        self._attempt(lambda: self._connect(uri, experiment, artifacts, name))
+        self._run_id, self._met = "", threading.Event()
+        self._failing, self._taken = False, time.monotonic()
+        self._queue: queue.Queue[Record | None] = queue.Queue()
+        self._lock, self._stop, self._unsent = threading.Lock(), threading.Event(), 0
+        for record in self._left():
+            self._unsent += 1
+            self._queue.put(record)
+        self._thread = threading.Thread(target=self._work, name="records", daemon=True)
+        self._thread.start()
 
-    def _connect(self, uri: str, experiment: str, artifacts: Path, name: str) -> None:
-        from mlflow import MlflowClient
+    @property
+    def run_id(self) -> str:
+        """The parent run; empty where the server has not answered for a moment."""
+        self._met.wait(0 if self._failing else _MOMENT)
+        return self._run_id
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        self._client = MlflowClient(uri)
-        found = self._client.get_experiment_by_name(experiment)
-        location = artifacts.absolute().as_uri() if uri.startswith("sqlite:") else None
-        self._experiment = found.experiment_id if found else self._client.create_experiment(experiment, location)
-        if not self.run_id:
-            run = self._client.create_run(self._experiment, run_name=name, tags={"blocktune.kind": "search"})
-            self.run_id = run.info.run_id
-        query = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
-        children = self._client.search_runs([self._experiment], query, max_results=50_000)
-        self._children = {int(child.data.tags["trial"]): child.info.run_id for child in children}
+    def _left(self) -> list[Record]:
+        """What another process could not send. A kill may have torn a line: its trial is told again anyway."""
+        records = []
+        for line in self._outbox.read_text("utf-8").splitlines() if self._outbox.exists() else []:
+            try:
+                records.append(Record(**json.loads(line)))
+            except (ValueError, TypeError):
+                continue
+        return records
 
-    def _attempt(self, action: Callable[[], None]) -> None:
-        if not self._alive:
-            return
-        try:
-            action()
-        except Exception as error:  # a tracking server must never end a search; what it missed is in the run directory
-            self._alive = False
-            _LOG.warning("MLflow stopped recording (%s); the search goes on.", " ".join(str(error).split())[:200])
+    # What the search says
 
-    def describe(self, params: dict[str, Any], tags: dict[str, str]) -> None:
-        def write() -> None:
-            known = self._client.get_run(self.run_id).data.params
-            for key, value in params.items():
-                told = str(value)[:6000]
-                if key not in known:
-                    self._client.log_param(self.run_id, key, told)
-                elif known[key] != told:  # a resume may have another budget, and MLflow keeps parameters as they were
-                    self._client.set_tag(self.run_id, f"resumed.{key}", told)
-            for key, value in tags.items():
-                self._client.set_tag(self.run_id, key, value[:8000])
+    def _add(self, record: Record) -> None:
+        with self._lock:
+            with self._outbox.open("a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps(asdict(record)))  # in front: a line that a full disk tore ends here
+            self._unsent += 1
+        self._queue.put(record)
 
-        self._attempt(write)
+    def begin(self, params: dict[str, Any], tags: dict[str, Any], prompts: dict[str, tuple[Prompt, ...]]) -> None:
+        """A process takes the search up: its config, what it runs on, and the prompts by split."""
+        datasets = []
+        for split, chosen in prompts.items():
+            rows = json.dumps([[p.text, p.kind, p.seed] for p in chosen])
+            digest = hashlib.sha256(rows.encode()).hexdigest()
+            source = str(params[f"prompts.{split}"])
+            datasets.append({"name": f"{split}-prompts", "digest": digest[:32], "context": split, "source": source,
+                             "profile": json.dumps({"num_rows": len(chosen)})})  # fmt: skip
+            params = params | {f"prompts.{split}_sha256": digest}
+        told = {key: str(value) for key, value in params.items()}
+        named = {key: str(value) for key, value in tags.items()}
+        self._add(Record(_now(), params=told, tags=named, datasets=datasets, status="RUNNING"))
 
     def trial(
         self,
         number: int,
+        started: datetime | None,
         params: dict[str, Any],
         metrics: dict[str, float],
-        policy: BlockPolicy | None,
+        policy: BlockPolicy,
         reason: str | None,
     ) -> None:
         """A finished trial as a child run, the one it has where it was told before; with a `reason` it failed."""
-
-        def write() -> None:
-            from mlflow.entities import Metric, Param
-
-            tags = {"mlflow.parentRunId": self.run_id, "blocktune.kind": "trial", "trial": str(number)}
-            if policy is not None:
-                tags["policy_digest"] = policy.digest
-            if reason:
-                tags["reason"] = reason
-            if number not in self._children:
-                made = self._client.create_run(self._experiment, run_name=f"trial-{number:04d}", tags=tags)
-                self._children[number] = made.info.run_id
-            run, stamp = self._children[number], 0
-            self._client.log_batch(
-                run,
-                metrics=[Metric(k, v, stamp, 0) for k, v in metrics.items()],
-                params=[Param(k, str(v)) for k, v in params.items()],
+        tags = {"policy_digest": policy.digest} | ({"reason": reason} if reason else {})
+        self._add(
+            Record(
+                _now(), number, int(started.timestamp() * 1000) if started else None,
+                {key: str(value) for key, value in params.items()}, metrics, 0, tags,
+                {"policy.json": _text(policy)}, status="FAILED" if reason else "FINISHED",
             )
-            if policy is not None:
-                with tempfile.TemporaryDirectory() as folder:
-                    policy.save(file := Path(folder) / "policy.json")
-                    self._client.log_artifact(run, str(file))
-            self._client.set_terminated(run, "FAILED" if reason else "FINISHED")
-
-        self._attempt(write)
+        )  # fmt: skip
 
     def progress(self, step: int, metrics: dict[str, float]) -> None:
-        def write() -> None:
-            for key, value in metrics.items():
-                self._client.log_metric(self.run_id, key, value, step=step)
+        self._add(Record(_now(), metrics=metrics, step=step))
 
-        self._attempt(write)
+    def confirmed(self, number: int, metrics: dict[str, float], picks: list[str], grid: Path) -> None:
+        """What a trial was on held-out prompts, what it is picked for, and its pictures."""
+        tags = {"confirmed": "true", "picks": ", ".join(picks)}
+        self._add(Record(_now(), number, metrics=metrics, tags=tags, files=self._inside([grid])))
 
-    def front_member(self, number: int, grid: Path) -> None:
-        """Mark a trial of the front and attach its pictures."""
+    def finish(
+        self,
+        status: str,
+        files: Iterable[Path] = (),
+        tables: dict[str, list[dict[str, Any]]] | None = None,
+        picks: dict[str, Path] | None = None,
+    ) -> None:
+        """The end of this process' part: files of the run directory, tables by name, and policy files by alias.
 
-        def write() -> None:
-            self._client.set_tag(self._children[number], "front", "true")
-            self._client.log_artifact(self._children[number], str(grid))
+        `picks` are registered, and are all there are: an alias that an earlier end of this search gave goes.
+        """
+        tables = tables or {}
+        # what MLflow's log_table writes; that appends to a table that is there, and a resume would double it
+        texts = {
+            f"{name}.json": json.dumps({"columns": list(rows[0]), "data": [list(row.values()) for row in rows]})
+            for name, rows in tables.items()
+            if rows
+        }
+        listed = {"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in texts])}
+        chosen = None if picks is None else {alias: path.read_text("utf-8") for alias, path in picks.items()}
+        self._add(
+            Record(
+                _now(), tags=listed if texts else {}, texts=texts, files=self._inside(files), picks=chosen,
+                status=status,
+            )
+        )  # fmt: skip
 
-        self._attempt(write)
+    def _inside(self, files: Iterable[Path]) -> list[str]:
+        return [str(file.relative_to(self._folder)) for file in files]
 
-    def finish(self, status: str, files: list[Path]) -> None:
-        def write() -> None:
-            for file in files:
-                if file.exists():
-                    self._client.log_artifact(self.run_id, str(file))
-            self._client.set_terminated(self.run_id, status)
+    def close(self) -> None:
+        """Wait for what is not sent while the server takes it; what it does not take for a moment stays on disk."""
+        self._queue.put(None)
+        began = time.monotonic()
+        while self._thread.is_alive() and time.monotonic() - max(began, self._taken) < (
+            _MOMENT if self._failing else _SLOW
+        ):
+            self._thread.join(0.1)
+        self._stop.set()
+        if self._monitor and not self._failing:
+            self._monitor.finish()
+        if self._unsent:
+            _LOG.warning(
+                "%d records for MLflow at %s wait in %s; --resume sends them.", self._unsent, self._uri, self._outbox
+            )
 
-        self._attempt(write)
+    # What the thread does with it
+
+    def _work(self) -> None:
+        while (record := self._queue.get()) is not None:
+            while not self._delivered(record):
+                if self._stop.wait(_AGAIN):
+                    return
+            with self._lock:
+                self._unsent -= 1
+                if not self._unsent:
+                    self._outbox.unlink(missing_ok=True)
+
+    def _delivered(self, record: Record) -> bool:
+        """Whether the record is settled: sent, or refused for good."""
+        try:
+            if self._client is None:
+                self._connect()
+        except Exception as error:  # a tracking server must never end a search
+            self._fails(error)
+            return False
+        try:
+            self._send(record)
+        except Exception as error:
+            if not _refused(error):
+                self._fails(error)
+                return False
+            _LOG.warning("MLflow refused a record: %s", _short(error))
+        self._failing, self._taken = False, time.monotonic()
+        return True
+
+    def _fails(self, error: Exception) -> None:
+        if not self._failing:
+            _LOG.warning("MLflow does not record (%s); the search goes on, records wait for it.", _short(error))
+        # on connecting again, runs are found that it made without our hearing of it
+        self._failing, self._client = True, None
+
+    def _connect(self) -> None:
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        client, name = MlflowClient(self._uri), self._config.mlflow.experiment
+        found = client.get_experiment_by_name(name)
+        location = None  # the server's own choice
+        if self._uri.startswith("sqlite:///"):
+            location = (Path(self._uri.removeprefix("sqlite:///")).absolute().parent / "artifacts").as_uri()
+        self._experiment = found.experiment_id if found else client.create_experiment(name, location)
+        parents = client.search_runs([self._experiment], f"tags.`blocktune.search` = '{self._search}'")
+        if parents:
+            self._run_id = parents[0].info.run_id
+        else:
+            tags = {"blocktune.kind": "search", "blocktune.search": self._search}
+            self._run_id = client.create_run(self._experiment, run_name=self._config.name, tags=tags).info.run_id
+        query = f"tags.`mlflow.parentRunId` = '{self._run_id}'"
+        children = client.search_runs([self._experiment], query, max_results=50_000)
+        self._children = {int(child.data.tags["trial"]): child.info.run_id for child in children}
+        self._client = client
+        self._met.set()
+        if self._monitor:  # it ended with the connection
+            self._watch()
+
+    def _watch(self) -> None:
+        """Load, memory and traffic of the driver's machine, by a thread of MLflow's that ends with the run."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        if self._monitor:
+            self._monitor.finish()
+        self._monitor = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=self._uri)
+        self._monitor.start()
+
+    def _run_of(self, record: Record) -> tuple[str, bool]:
+        """The run that a record is for, and whether it was made just now."""
+        if record.trial is None:
+            return self._run_id, False
+        made = record.trial not in self._children
+        if made:
+            tags = {"mlflow.parentRunId": self._run_id, "blocktune.kind": "trial", "trial": str(record.trial)}
+            run = self._client.create_run(
+                self._experiment, start_time=record.started or record.stamp, run_name=f"trial-{record.trial:04d}",
+                tags=tags,
+            )  # fmt: skip
+            self._children[record.trial] = run.info.run_id
+        return self._children[record.trial], made
+
+    def _send(self, record: Record) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+        run, made = self._run_of(record)
+        there = self._client.get_run(run).data.params if record.params and not made else {}
+        params = {key: value[:6000] for key, value in record.params.items()}
+        # a param stands for ever: what a resume says otherwise is told in a tag
+        changed = {key: value for key, value in params.items() if there.get(key, value) != value}
+        metrics = [Metric(key, value, record.stamp, record.step) for key, value in record.metrics.items()]
+        new = [Param(key, value) for key, value in params.items() if key not in there]
+        tags = [RunTag(key, value[:8000]) for key, value in (record.tags | changed).items()]
+        for first in range(0, max(map(len, (metrics, new, tags))), 100):  # as many as MLflow takes in one call
+            part = slice(first, first + 100)
+            self._client.log_batch(run, metrics[part], new[part], tags[part])
+        if record.datasets:
+            inputs = [
+                DatasetInput(
+                    Dataset(d["name"], d["digest"], "local", json.dumps({"uri": d["source"]}), profile=d["profile"]),
+                    [InputTag("mlflow.data.context", d["context"])],
+                )
+                for d in record.datasets
+            ]
+            self._client.log_inputs(run, inputs)
+        for path, text in record.texts.items():
+            self._client.log_text(run, text, path)
+        for file in map(Path, record.files):
+            if (self._folder / file).exists():
+                self._client.log_artifact(run, str(self._folder / file), str(file.parent) if file.parent.name else None)
+        if record.picks is not None:
+            self._register(run, record.picks)
+        if record.status == "RUNNING":
+            self._client.update_run(run, status="RUNNING")
+            self._watch()
+        elif record.status:
+            self._client.set_terminated(run, record.status, record.stamp)
+
+    def _register(self, run: str, picks: dict[str, str]) -> None:
+        """Each pick as a version, known again by where its file lies, and its alias; those of old picks go."""
+        name = registered_model(self._config)
+        if not self._client.search_registered_models(f"name = '{name}'"):
+            if not picks:
+                return
+            self._client.create_registered_model(name)
+        versions = {v.source: v for v in self._client.search_model_versions(f"name = '{name}'")}
+        aliases: dict[str, str] = self._client.get_registered_model(name).aliases
+        for alias, number in aliases.items():
+            mine = any(str(v.version) == str(number) and v.run_id == run for v in versions.values())
+            if mine and alias not in picks:
+                self._client.delete_registered_model_alias(name, alias)
+        for alias, text in picks.items():
+            place = f"picks/{alias}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+            source = f"runs:/{run}/{place}"
+            if source not in versions:
+                self._client.log_text(run, text, f"{place}/policy.json")
+                tags = {"policy_digest": BlockPolicy.model_validate_json(text).digest, "pick": alias}
+                versions[source] = self._client.create_model_version(name, source, run, tags)
+            self._client.set_registered_model_alias(name, alias, versions[source].version)
+
+
+def _text(policy: BlockPolicy) -> str:
+    """The policy file's text."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save(file := Path(folder) / "policy.json")
+        return file.read_text("utf-8")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def send_left(config: Config, run: RunDirectory) -> None:
+    """Send what a finished search could not."""
+    if (run.path / OUTBOX).exists():
+        Tracker(config, run.path, run.read_state()["search"]).close()
+
+
+def registered_policy(reference: str, uri: str | None) -> BlockPolicy:
+    """The policy of `models:/NAME@ALIAS` or `models:/NAME/VERSION` at a tracking URI; ConfigError where none is."""
+    asked = re.fullmatch(r"models:/([^/:@]+)(?:@([^/:@]+)|/(\d+))", reference)
+    if not asked:
+        raise ConfigError(f"the policy is {reference!r}; accepted: a file, models:/NAME@ALIAS or models:/NAME/VERSION.")
+    if not uri:
+        raise ConfigError(f"the policy is {reference!r}, which needs --mlflow-uri or MLFLOW_TRACKING_URI.")
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ConfigError(f"--mlflow-uri is {uri!r}; there is no such file.")  # MLflow would make one
+    import mlflow.artifacts
+
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    name, alias, version = asked.groups()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            client = mlflow.MlflowClient(uri)
+            version = version or client.get_model_version_by_alias(name, alias).version
+            # of models:/ itself, MLflow would ask the registry of its global state
+            place = client.get_model_version_download_uri(name, version)
+            found = mlflow.artifacts.download_artifacts(place, dst_path=folder, tracking_uri=uri)
+        except Exception as error:  # of MLflow, the database, the network or the store of artifacts
+            raise ConfigError(f"the policy {reference!r} cannot be had from {uri!r}: {_short(error)}") from None
+        return BlockPolicy.load(Path(found) / "policy.json")
