@@ -43,9 +43,9 @@ def draw_front(
     right.axhspan(-100 * margin, 0, color=_GREY, alpha=0.25, lw=0)
     right.annotate(
         f"margin {100 * margin:.1f} points",
-        (0.995, -100 * margin),
+        (0.005, -100 * margin),
         xycoords=("axes fraction", "data"),
-        ha="right",
+        ha="left",
         va="bottom",
         fontsize=8,
         color=_INK,
