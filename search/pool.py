@@ -44,6 +44,7 @@ class Pool:
                 ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 ray.init(
+                    address="local",  # not whatever cluster happens to run on this machine
                     include_dashboard=False,
                     object_store_memory=200 * 2**20,
                     log_to_driver=False,

@@ -51,7 +51,7 @@ def draw_front(
         color=_INK,
     )
     right.plot(1, 0, "*", ms=13, color=_INK)
-    right.annotate("unmodified", (1, 0), xytext=(-6, 6), textcoords="offset points", fontsize=9, ha="right")
+    right.annotate("unmodified", (1, 0), xytext=(6, 8), textcoords="offset points", fontsize=9)
     for c in confirmed:
         low, high = 100 * (c.alignment.delta - c.alignment.low), 100 * (c.alignment.high - c.alignment.delta)
         color = _INK if c.anchor else _ORANGE if c.picks else _BLUE
@@ -129,12 +129,13 @@ def side_by_side(columns: dict[str, np.ndarray], captions: list[str], path: Path
 
 
 def draw_comparison(run: RunDirectory, confirmed: list[Confirmed]) -> None:
-    """The picks beside the unmodified model, on held-out prompts, same seeds: one row per kind of prompt."""
+    """The picks, without any all policies, beside the unmodified model: held-out prompts, a row per kind."""
     prompts = read_prompts(run.load_config(), "confirm")
     rows = list({p.kind: i for i, p in reversed(list(enumerate(prompts[:48])))}.values())[::-1]
     columns = {"unmodified": run.read_images("confirm-unmodified")[rows]}
-    for c in sorted((c for c in confirmed if c.picks), key=lambda c: c.speedup):
-        columns[f"{'/'.join(c.picks)}  {c.speedup:.2f}x"] = run.read_images(held_out_name(c))[rows]
+    shown = [c for c in confirmed if c.picks] or [c for c in confirmed if c.rules]
+    for c in sorted(shown, key=lambda c: c.speedup):
+        columns[f"{'/'.join(c.picks) or c.name}  {c.speedup:.2f}x"] = run.read_images(held_out_name(c))[rows]
     side_by_side(columns, [prompts[i].text for i in rows], run.compare)
 
 
@@ -182,7 +183,7 @@ def write_report(run: RunDirectory, facts: dict[str, str]) -> None:
         "",
         "![front](front.png)",
         "",
-        "![picks beside the unmodified model](compare.png)",
+        "![policies beside the unmodified model](compare.png)",
         "",
         "## Held-out prompts, new seeds",
         "",
