@@ -25,7 +25,7 @@ import pandas as pd
 from ..evaluators import paired_interval
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from ..policies.policy import ModelIdentity
-from .config import Config, ConfigError
+from .config import Config
 from .pool import Job, Pool
 from .progress import Display
 from .prompts import read_prompts
@@ -228,17 +228,6 @@ def best_blocks(table: Table, effect: str, count: int) -> list[int]:
     rows = table[(table["effect"] == effect) & (table["kind"] == "all")]
     means = rows.groupby("block")["delta"].mean() * EFFECTS[effect][1]
     return [int(b) for b in means.nlargest(count).index]
-
-
-def read_probe(path: str) -> Table:
-    """The table that a probe wrote. ConfigError for any other file."""
-    try:
-        table: Table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"search.prior is {path!r}, which cannot be read: {' '.join(str(error).split())}.") from None
-    if not {"block", "effect", "kind", "delta", "low", "high"} <= set(table.columns):
-        raise ConfigError(f"search.prior is {path!r}; accepted: the probe.parquet that blocktune probe wrote.")
-    return table
 
 
 def draw(table: Table, num_blocks: int, path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from blocktune.evaluators import load_prompts
 from blocktune.policies import BlockPolicy, Rule, Skip
-from blocktune.search.config import ConfigError, Probe, load_config
+from blocktune.search.config import Probe, load_config
 from blocktune.search.generation import embed, generate, load
-from blocktune.search.probe import EFFECTS, best_blocks, read_probe
+from blocktune.search.probe import EFFECTS, best_blocks
 from PIL import Image
 
 BLOCKS = 12
@@ -103,22 +103,15 @@ def test_the_cost_is_told_first_and_nothing_is_measured_twice(world, probed):
     assert full.set_index(["block", "kind"])["delta"].loc[known.index].tolist() == known.tolist()
 
 
-def test_best_blocks_are_those_that_help_or_need_the_text(tmp_path):
+def test_best_blocks_are_those_that_help_or_need_the_text():
     rows = [
-        {"block": b, "effect": effect, "window": "0-1", "kind": "all", "delta": (b - 3) / 10, "low": 0.0, "high": 0.0}
+        {"block": b, "effect": effect, "window": "0-1", "kind": "all", "delta": (b - 3) / 10}
         for effect in ("remove", "disable")
         for b in range(6)
     ]
-    path = tmp_path / "probe.parquet"
-    pd.DataFrame(rows).to_parquet(path)
-    table = read_probe(str(path))
+    table = pd.DataFrame(rows)
     assert best_blocks(table, "remove", 2) == [5, 4]
     assert best_blocks(table, "disable", 2) == [0, 1]
-    with pytest.raises(ConfigError, match=r"search\.prior is .*nowhere"):
-        read_probe(str(tmp_path / "nowhere"))
-    pd.DataFrame({"a": [1]}).to_parquet(path)
-    with pytest.raises(ConfigError, match=r"accepted: the probe\.parquet"):
-        read_probe(str(path))
 
 
 def test_every_effect_is_a_policy_of_its_own():
