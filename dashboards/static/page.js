@@ -331,7 +331,7 @@ function copy(code) {
 function grid(rows, columns, width, describe, { gaps = [], axes: [down, across], label, names: rowNames }) {
   const left = rowNames ? Math.max(...rowNames.map((n) => n.length)) * 6.6 + 12 : 34, foot = 30;
   const w = clamp((width - left - 2) / columns, 4, 30), h = rowNames ? 22 : clamp(360 / rows, 7, 20);
-  const top = (r) => 4 + r * h + gaps.filter((g) => g.first <= r && g.first > 0).length * 14;
+  const top = (r) => 4 + r * h + gaps.filter((g) => g.name && g.first <= r).length * 14;
   const svg = el("svg", { width: left + w * columns, height: top(rows - 1) + h + foot, role: "group", "aria-label": label }, textures(label));
   const readout = el("p", { class: "readout soft", "aria-hidden": true }, "Point at a cell to read it, or walk with the arrow keys.");
   const cells = [];
@@ -349,7 +349,7 @@ function grid(rows, columns, width, describe, { gaps = [], axes: [down, across],
   for (let c = 0; c < columns; c += every) svg.append(el("text", { x: left + (c + 0.5) * w, y: top(rows - 1) + h + 14, "text-anchor": "middle" }, c));
   for (let r = 0; r < rows; r += rowNames ? 1 : tall)
     svg.append(el("text", { x: left - 6, y: top(r) + h / 2 + 4, "text-anchor": "end" }, rowNames ? rowNames[r] : r));
-  for (const g of gaps) if (g.name) svg.append(el("text", { x: left, y: top(g.first) - 3, class: "strong" }, g.first ? g.name : ""));
+  for (const g of gaps) if (g.name) svg.append(el("text", { x: left, y: top(g.first) - 3, class: "strong" }, g.name));
   svg.append(el("text", { x: left + w * columns, y: top(rows - 1) + h + 29, "text-anchor": "end" }, `${across} →`), el("text", { x: 0, y: top(rows - 1) + h + 29 }, `${down} ↓`));
   const read = (event) => event.target.read && (readout.textContent = event.target.read);
   svg.addEventListener("pointerover", read);

@@ -1,145 +1,231 @@
-"""The page's answers are the run's files, and nothing else can be had from it."""
+"""The page over HTTP: what it tells is what the files say, and it tells nothing else to nobody else."""
 
 import io
 import json
-import re
-import shutil
-import subprocess
-import sys
+import sqlite3
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-from blocktune.dashboards.report import write_report
-from blocktune.dashboards.server import create_app
+from blocktune.dashboards.answers import answer
+from blocktune.dashboards.files import Missing, RunFiles
+from blocktune.policies import BlockPolicy
+from blocktune.search.run_directory import RunDirectory
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
-from starlette.testclient import TestClient
 
-HOST = "testserver"
-
-
-def client_of(root: Path) -> TestClient:
-    return TestClient(create_app(root, [HOST]), raise_server_exceptions=False)
+from .conftest import HOSTILE, STEPS, Page
 
 
-@pytest.fixture(scope="module")
-def client(run) -> TestClient:
-    return client_of(run)
+def _held_out(run: RunDirectory) -> str:
+    return next(p.stem for p in run.images.glob("confirm-*.npz") if p.stem != "confirm-unmodified")
 
 
-def test_trials_are_those_of_the_study(client, run):
-    told = client.get("/api/run").json()
-    assert told["state"] == "finished"
-    assert len(told["trials"]["number"]) == 7
-    scores = pd.read_parquet(run / "scores" / "trial-0000.parquet")
-    assert told["trials"]["alignment"][0] == pytest.approx(scores["lamp:Brightness"].mean(), abs=1e-5)
-    confirmed = json.loads((run / "confirmed.json").read_text())["confirmed"]
-    assert {c["name"] for c in told["confirmed"]} == {c["name"] for c in confirmed}
-    assert told["quality_margin"] == 0.03
+def test_the_run_is_told_as_its_files_say(run: RunDirectory, page: Page) -> None:
+    told, record = page.json("/api/run"), json.loads(run.confirmed.read_text())
+    assert (told["name"], told["state"]) == ("tiny", "finished")
+    trials = told["trials"]
+    assert trials["name"] == ["unmodified", "trial 1", "trial 2", "trial 3"]
+    assert trials["state"] == ["complete"] * 3 + ["fail"]
+    assert trials["reason"] == [None] * 3 + ["the lamp went out"]
+    for number in range(3):
+        scores = run.read_scores(f"trial-{number:04d}")
+        assert trials["alignment"][number] == pytest.approx(scores["shapes"].mean(), abs=1e-6)
+        assert trials["quality"][number] == pytest.approx(scores["crispness"].mean(), abs=1e-6)
+        assert trials["latency"][number] == pytest.approx(1 - 0.2 * number)
+    (confirmed,), (stored,) = told["confirmed"], record["confirmed"]
+    assert confirmed["speedup"] == stored["speedup"]
+    assert confirmed["picks"] == ["balanced"]
+    assert confirmed["alignment"]["low"] == pytest.approx(stored["alignment"]["low"], abs=1e-6)
 
 
-def test_a_candidate_has_its_plan_and_its_pictures(client, run):
-    member = next(c for c in client.get("/api/run").json()["confirmed"] if c["rules"])
-    told = client.get(f"/api/candidates/{member['slug']}").json()
-    assert told["confirmed"]
-    assert told["speedup"] == member["speedup"]
-    assert "lamp:Brightness" in [m["name"] for m in told["metrics"]]
-    plan = client.get(f"/api/plans/{member['slug']}")
-    assert plan.status_code == 200, plan.text
-    picture = client.get(f"/pictures/{told['pictures']['after']}/1.png")
-    with np.load(run / "images" / f"{told['pictures']['after']}.npz") as stored:
-        expected = stored["images"][1]
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.content))), expected)
+def test_a_candidate_is_told_picture_by_picture(run: RunDirectory, page: Page) -> None:
+    told = page.json("/api/candidates/trial-1")
+    before, after = run.read_scores("confirm-unmodified"), run.read_scores(_held_out(run))
+    assert told["pairs"]["prompt"] == before["prompt"].tolist()
+    assert told["pairs"]["alignment_before"] == before["shapes"].round(4).tolist()
+    assert told["pairs"]["alignment_after"] == after["shapes"].round(4).tolist()
+    assert told["pictures"]["count"] == 8
+    assert told["files"] == ["balanced", "trial-1"]
+    kinds = {k["kind"]: k["alignment"]["delta"] for k in told["kinds"]}
+    gains = (after["shapes"] - before["shapes"]).groupby(before["kind"]).mean()
+    assert kinds == pytest.approx(gains.to_dict(), abs=1e-6)
 
 
-def test_a_download_is_the_file_on_disk(client, run):
-    files = list((run / "policies").glob("*.json"))
-    assert files
-    for path in files:
-        assert client.get(f"/policies/{path.name}").content == path.read_bytes()
+def test_pictures_are_exact(run: RunDirectory, page: Page) -> None:
+    for name in ("confirm-unmodified", _held_out(run)):
+        for index in (0, 7):
+            status, headers, body = page.ask(f"/pictures/{name}/{index}.png")
+            assert (status, headers["Content-Type"]) == (200, "image/png")
+            assert (np.asarray(Image.open(io.BytesIO(body))) == run.read_images(name)[index]).all()
+
+
+def test_the_map_follows_the_rules_and_names_both_streams(page: Page) -> None:
+    told = page.json("/api/plans/trial-1")
+    (layout,) = told["branches"]
+    assert layout["kinds"] == ["cccc", "crcr", "cccc", "crcr", "cccc"]
+    assert layout["scales"] == [[1, 1, 0, 0], [1, 0, 0, 0], *[[0] * STEPS] * 3]  # a block that reuses hears nothing
+    assert layout["counts"] == {"computed": 16, "skipped": 0, "reused": 4, "scaled": 3}
+    assert told["bands"] == [
+        {"name": "double-stream", "first": 0, "count": 2},
+        {"name": "single-stream", "first": 2, "count": 3},
+    ]
+
+
+def test_a_download_is_the_file(run: RunDirectory, page: Page) -> None:
+    for name in ("balanced", "trial-1"):
+        assert page.ask(f"/policies/{name}.json")[2] == (run.policies / f"{name}.json").read_bytes()
+
+
+def test_a_download_of_what_was_not_confirmed_is_what_the_search_stored(
+    run: RunDirectory, page: Page, tmp_path: Path
+) -> None:
+    (tmp_path / "policy.json").write_bytes(page.ask("/policies/trial-2.json")[2])
+    stored = sqlite3.connect(run.path / "study.db")
+    query = (
+        "SELECT value_json FROM trial_user_attributes JOIN trials USING (trial_id) WHERE number = 2 AND key = 'policy'"
+    )
+    (text,) = stored.execute(query).fetchone()
+    stored.close()
+    assert BlockPolicy.load(tmp_path / "policy.json").rules == BlockPolicy.model_validate(json.loads(text)).rules
 
 
 @pytest.mark.parametrize(
-    "address",
+    "path",
     [
-        "/api/nothing", "/api/candidates/nobody", "/nothing.html", "/study.db", "/pictures/unmodified/9999.png",
-        "/policies/..%2Fconfig.json", "/pictures/..%2F..%2Fetc%2Fpasswd/0.png", "/%2e%2e/config.yaml",
-        "/policies/%252e%252e%252fconfig.json", "/pictures/unmodified/-1.png",
+        "/../config.yaml", "/%2e%2e/config.yaml", "/..%2fconfig.yaml", "/%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+        "/config.yaml", "/study.db", "/static/page.js", "/policies/..%2fconfirmed.json",
+        "/policies/%2e%2e%2fconfirmed.json", "/policies/..%5cconfirmed.json", "/policies/balanced%00.json",
+        "/policies/nothing.json",
+        "/pictures/..%2fimages%2fconfirm-unmodified/0.png", "/pictures/%2e%2e/0.png", "/pictures/nothing/0.png",
+        "/pictures/confirm-unmodified/8.png", "/pictures/confirm-unmodified/-1.png", "/api/", "/api/nothing",
+        "/api/candidates/nothing", "/api/candidates/..", "/api/candidates/%2e%2e%2frun", "/api/candidates/trial-3",
+        "/api/plans/nothing", "/api/probe", "/docs", "/openapi.json",
     ],
 )  # fmt: skip
-def test_what_is_not_of_the_page_is_missing(client, address):
-    answer = client.get(address)
-    assert answer.status_code in (404, 422)
-    assert "Traceback" not in answer.text
+def test_what_is_not_of_this_page_is_404(page: Page, path: str) -> None:
+    status, headers, body = page.ask(path)
+    assert status == 404
+    assert headers["Content-Security-Policy"]
+    assert b"Traceback" not in body
 
 
-def test_links_out_of_the_run_lead_nowhere(run, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+def test_a_link_that_leads_outside_is_404(run: RunDirectory, page: Page, tmp_path: Path) -> None:
     secret = tmp_path / "secret.json"
-    secret.write_text("{}")
-    (copy / "policies" / "secret.json").symlink_to(secret)
-    assert client_of(copy).get("/policies/secret.json").status_code == 404
+    secret.write_text('{"word": "sesame"}')
+    (tmp_path / "secret.npz").write_bytes((run.images / "confirm-unmodified.npz").read_bytes())
+    links = {run.policies / "linked.json": secret, run.images / "linked.npz": tmp_path / "secret.npz"}
+    for link, target in links.items():
+        link.symlink_to(target)
+    try:
+        status, _, body = page.ask("/policies/linked.json")
+        assert status == 404
+        assert b"sesame" not in body
+        assert page.ask("/pictures/linked/0.png")[0] == 404
+    finally:
+        for link in links:
+            link.unlink()
 
 
-@pytest.mark.parametrize("method", ["post", "put", "delete", "patch", "options"])
-def test_only_get_is_answered(client, method):
-    assert getattr(client, method)("/api/run").status_code == 405
+@given(st.text() | st.text(alphabet="./\\\0a"))
+def test_no_name_leads_outside_of_the_run(run: RunDirectory, name: str) -> None:
+    files = RunFiles(run.path)
+    for parts in ((name,), ("policies", name)):
+        try:
+            found = files.path(*parts)
+        except Missing:
+            continue
+        assert found.resolve().is_relative_to(run.path.resolve())
+        assert found.parent.resolve() == files.root.joinpath(*parts[:-1])
 
 
-def test_another_sites_name_is_refused(client):
-    assert client.get("/api/run", headers={"host": "evil.example"}).status_code == 400
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+@pytest.mark.parametrize("path", ["/", "/api/run", "/policies/balanced.json"])
+def test_only_get_is_answered(page: Page, method: str, path: str) -> None:
+    status, headers, _ = page.ask(path, method)
+    assert (status, headers["Allow"]) == (405, "GET")
 
 
-def test_nothing_may_be_loaded_from_elsewhere_or_written_into_the_page(client):
-    for address in ("/", "/page.js", "/style.css", "/api/run", "/nothing"):
-        policy = client.get(address).headers["content-security-policy"]
-        assert "default-src 'none'" in policy
-        assert "script-src 'self'" in policy
-        assert "unsafe" not in policy
-    page = client.get("/").text
-    assert not re.search(r"<script>|\son\w+=|style=", page)
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "169.254.169.254"])
+def test_a_foreign_host_is_refused(page: Page, host: str) -> None:
+    for path in ("/", "/api/run", "/pictures/confirm-unmodified/0.png"):
+        status, _, body = page.ask(path, headers={"Host": host})
+        assert status == 400
+        assert b"tiny" not in body
 
 
-@pytest.mark.parametrize("kind", ["empty", "foreign", "broken"])
-def test_other_folders_get_a_sentence(run, tmp_path, kind):
-    root = tmp_path / kind
-    root.mkdir()
-    if kind == "foreign":
-        (root / "config.yaml").write_text("a: 1\n")
-    if kind == "broken":
-        shutil.copytree(run, root, dirs_exist_ok=True)
-        (root / "confirmed.json").write_text("{")
-    client = client_of(root)
-    told = client.get("/api/run").json()
-    assert told["state"] == ("empty" if kind == "empty" else "broken")
+@pytest.mark.parametrize("path", ["/", "/page.js", "/style.css", "/api/run", "/pictures/confirm-unmodified/0.png"])
+def test_every_answer_carries_a_strict_policy(page: Page, path: str) -> None:
+    status, headers, _ = page.ask(path)
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+    assert status == 200
+    assert policy["default-src"] == "'none'"
+    assert (policy["script-src"], policy["style-src"], policy["connect-src"]) == ("'self'",) * 3
+    assert (policy["base-uri"], policy["form-action"], policy["frame-ancestors"]) == ("'none'",) * 3
+    assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_prompt_of_markup_stays_text(page: Page) -> None:
+    _, headers, body = page.ask("/api/candidates/trial-1")
+    assert headers["Content-Type"] == "application/json"
+    assert HOSTILE in json.loads(body)["pairs"]["prompt"]
+    assert b"<script>document" not in page.ask("/")[2]
+
+
+def test_nothing_is_sent_twice(page: Page) -> None:
+    tag = page.ask("/api/run")[1]["ETag"]
+    status, _, body = page.ask("/api/run", headers={"If-None-Match": tag})
+    assert (status, body) == (304, b"")
+    assert page.ask("/api/run", headers={"If-None-Match": '"other"'})[0] == 200
+
+
+def _no_config(path: Path) -> None:
+    (path / "holiday.txt").write_text("sun")
+
+
+def _foreign_config(path: Path) -> None:
+    (path / "config.yaml").write_text("services: {web: {image: nginx}}\n")
+
+
+def _broken_config(path: Path) -> None:
+    (path / "config.yaml").write_text("name: [\n")
+
+
+def _broken_study(path: Path) -> None:
+    (path / "config.yaml").write_text("name: tiny\n")
+    (path / "study.db").write_bytes(b"no database at all" * 100)
+
+
+def _foreign_study(path: Path) -> None:
+    (path / "config.yaml").write_text("name: tiny\n")
+    with sqlite3.connect(path / "study.db") as database:
+        database.execute("CREATE TABLE holidays (place TEXT)")
+    database.close()
+
+
+def _broken_confirmed(path: Path) -> None:
+    (path / "config.yaml").write_text("name: tiny\n")
+    (path / "confirmed.json").write_text('{"confirmed": [{}]}')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "state", "word"),
+    [
+        (lambda path: None, "empty", "holds no run"),
+        (_no_config, "empty", "holds no run"),
+        (_foreign_config, "broken", "config.yaml is of no search: services"),
+        (_broken_config, "broken", "config.yaml cannot be read"),
+        (_broken_study, "broken", "study.db cannot be read"),
+        (_foreign_study, "broken", "study.db cannot be read"),
+        (_broken_confirmed, "broken", "confirmed.json is not what confirm writes"),
+    ],
+    ids=["empty", "others", "foreign config", "broken config", "broken study", "foreign study", "broken confirmed"],
+)  # fmt: skip
+def test_a_folder_without_a_readable_run_gives_a_sentence(tmp_path: Path, spoil, state: str, word: str) -> None:
+    spoil(tmp_path)
+    told = answer(RunFiles(tmp_path), "api/run")
+    assert told["state"] == state
+    assert word in told["sentence"]
     assert told["sentence"].endswith(".")
-    assert {"foreign": "config.yaml", "broken": "confirmed.json", "empty": "holds no run"}[kind] in told["sentence"]
-    assert client.get("/").status_code == 200
-
-
-def test_the_report_is_one_file_without_addresses(run, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    for path in (copy / "scores").glob("*.parquet"):
-        table = pd.read_parquet(path)
-        table["prompt"] = "</script><script>alert(1)</script>"
-        table.to_parquet(path)
-    write_report(copy, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text("utf-8")
-    assert len(page.encode()) < 5 * 2**20
-    assert not re.search(r"""(?:src|href)=["'](?:https?:)?//""", page)
-    assert "<script>alert(1)" not in page
-
-
-@pytest.mark.parametrize("command", ["dashboard", "report"])
-def test_a_wrong_folder_is_one_sentence(tmp_path, command):
-    more = ["-o", str(tmp_path / "out.html")] if command == "report" else ["--port", "0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "blocktune.search", command, str(tmp_path / "nowhere"), *more],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("blocktune: ")
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert "\n" not in told["sentence"]
