@@ -8,11 +8,10 @@ sentence of GenEval does, but ask for what some of GenEval's ask for: a benchmar
 
 import json
 import random
-from dataclasses import asdict
 from itertools import combinations, permutations, product
 from pathlib import Path
 
-from .prompts import Prompt, load_prompts, prompts_digest
+from .prompts import Prompt, load_prompts, write_splits
 from .template import COLORS, NUMBERS, RELATIONS, plural, with_article
 
 SPLITS = Path(__file__).parent / "splits"
@@ -82,18 +81,7 @@ def make_splits() -> dict[str, tuple[Prompt, ...]]:
     return splits
 
 
-def write_splits(folder: Path) -> None:
-    """Write `<split>.jsonl` for every split, and `sha256.json` with their digests, into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    splits = make_splits()
-    for split, made in splits.items():
-        lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in made)
-        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
-    digests = {split: prompts_digest(made) for split, made in splits.items()}
-    (folder / "sha256.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8", newline="\n")
-
-
 if __name__ == "__main__":
-    write_splits(SPLITS)
+    write_splits(SPLITS, make_splits())
     for name, digest in json.loads((SPLITS / "sha256.json").read_text()).items():
         print(f"{SPLITS / name}.jsonl  {len(prompts(name))} prompts  sha256 {digest}")

@@ -1,7 +1,7 @@
 """Prompts with their kind and seed, read from JSON lines."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +32,16 @@ def prompts_digest(prompts: Iterable[Prompt]) -> str:
     """sha256, as hex, of texts, kinds and seeds in their order, however the file spells its JSON."""
     lines = (json.dumps(asdict(prompt), sort_keys=True) for prompt in prompts)
     return sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_splits(folder: Path, splits: Mapping[str, tuple[Prompt, ...]]) -> None:
+    """Write `<split>.jsonl` for every split, and `sha256.json` with their digests, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, made in splits.items():
+        lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in made)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+    digests = {split: prompts_digest(made) for split, made in splits.items()}
+    (folder / "sha256.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _read(line: str, where: str) -> Prompt:

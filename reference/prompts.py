@@ -7,11 +7,11 @@ fewer texts than a split asks for, texts come again with other seeds.
 
 import json
 import random
-from dataclasses import asdict
 from itertools import permutations, product
 from pathlib import Path
 
-from ..evaluators import Prompt, load_prompts, prompts_digest
+from ..evaluators import Prompt, load_prompts
+from ..evaluators.prompts import write_splits
 from .scenes import COLORS, KINDS, NUMBERS, RELATIONS, SHAPES, Request, Thing, prompt_of
 
 SPLITS = Path(__file__).parent / "splits"
@@ -89,18 +89,7 @@ def make_splits() -> dict[str, tuple[Prompt, ...]]:
     return splits
 
 
-def write_splits(folder: Path) -> None:
-    """Write `<split>.jsonl` for every split, and `sha256.json` with their digests, into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    splits = make_splits()
-    for split, made in splits.items():
-        lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in made)
-        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
-    digests = {split: prompts_digest(made) for split, made in splits.items()}
-    (folder / "sha256.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8", newline="\n")
-
-
 if __name__ == "__main__":
-    write_splits(SPLITS)
+    write_splits(SPLITS, make_splits())
     for name, digest in json.loads((SPLITS / "sha256.json").read_text()).items():
         print(f"{SPLITS / name}.jsonl  {len(prompts(name))} prompts  sha256 {digest}")

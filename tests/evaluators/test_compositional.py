@@ -12,17 +12,18 @@ from blocktune.evaluators.compositional import (
     SHAPES,
     SPLITS,
     TEXTURES,
+    make_splits,
     meanings,
     prompts,
-    write_splits,
 )
+from blocktune.evaluators.prompts import write_splits
 from blocktune.evaluators.template import CLASSES, metadata_of
 
 KINDS = ("colors", "shape", "texture", "counting", "position", "attribution")
 
 
 def test_the_generator_rewrites_every_byte(tmp_path):
-    write_splits(tmp_path)
+    write_splits(tmp_path, make_splits())
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in SPLITS.iterdir()}
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (SPLITS / path.name).read_bytes()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from blocktune.evaluators import prompts_digest
+from blocktune.evaluators.prompts import write_splits
 from blocktune.reference import prompts
-from blocktune.reference.prompts import PER_KIND, SPLITS, texts_of, write_splits
+from blocktune.reference.prompts import PER_KIND, SPLITS, make_splits, texts_of
 from blocktune.reference.scenes import KINDS, read_prompt
 
 
@@ -43,7 +44,7 @@ def test_digests_are_in_step() -> None:
 
 
 def test_writing_again_gives_the_committed_bytes(tmp_path: Path) -> None:
-    write_splits(tmp_path)
+    write_splits(tmp_path, make_splits())
     names = sorted(path.name for path in SPLITS.iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name in names:
