@@ -75,8 +75,6 @@ class Probe:
         self.prompts = {split: read_prompts(config, split) for split in ("search", "confirm")}
         self.images = min(config.probe.images, *map(len, self.prompts.values()))
         self.seconds_per_image = 0.0
-        self.made = 0  # pictures drawn by this process
-        self.planned = 0
         self.refused: dict[str, str] = {}  # effects that the model does not know, and why
 
     def measure(self) -> Table:
@@ -143,7 +141,6 @@ class Probe:
         return result
 
     def _tell_cost(self, planned: int, full: int) -> None:
-        self.planned = planned
         minutes = planned * self.seconds_per_image / self.pool.size / 60
         share = f", {100 * planned / full:.0f} % of every block on all pictures" if planned < full else ""
         self.display.say(f"probing draws {planned} pictures{share}: about {minutes:.0f} minutes")
@@ -173,7 +170,6 @@ class Probe:
             part = job.tag
             prompts = self.prompts[part.split][: part.images]
             self.run.write_scores(self._name(part), prompts, job.result.scores)
-            self.made += len(job.result.images)
             self.display.advance(f"{part.effect} {list(part.blocks)}")
 
         missing = [p for p in parts if not (self.run.scores / f"{self._name(p)}.parquet").exists()]
