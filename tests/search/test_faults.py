@@ -194,7 +194,9 @@ def test_the_same_search_again_tells_what_is_there(
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
     told = world.run("search", *[world.config if a == "CONFIG" else a for a in call], "--out", run).stdout
     assert told.startswith(f"{run} holds this search, finished")
-    assert "late reuse 3" in told
+    confirmed = json.loads((run / "confirmed.json").read_text())["confirmed"]
+    assert confirmed
+    assert all(c["name"] in told for c in confirmed)
     assert "--resume --set search.trials=" in told
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
