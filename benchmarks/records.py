@@ -31,7 +31,7 @@ import optuna
 import psutil
 from blocktune.policies import BlockPolicy
 from blocktune.search.config import load_config
-from blocktune.search.study import STUDY
+from blocktune.search.storage import STUDY
 from blocktune.search.tracking import Tracker
 from optuna.trial import TrialState
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import optuna
-from blocktune.search.study import STUDY
+from blocktune.search.storage import STUDY
 from optuna.trial import TrialState
 
 

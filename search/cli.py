@@ -137,7 +137,7 @@ def _trials(path: Path):
 
     from .config import ConfigError
     from .run_directory import RunDirectory
-    from .study import STUDY, open_storage, study_url
+    from .storage import STUDY, open_storage, study_url
 
     run = RunDirectory.existing(path)
     config = run.load_config()
@@ -157,7 +157,7 @@ def front(
 
     from .config import ConfigError
     from .front import non_dominated
-    from .study import point_of
+    from .storage import point_of
 
     if format_ not in ("table", "json", "csv"):
         raise ConfigError(f"--format is {format_!r}; accepted: table, json, csv.")

@@ -7,7 +7,8 @@ from ..policies import BlockPolicy
 from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, spread
 from .pool import Job
 from .prompts import read_prompts
-from .study import Study, feasible, point_of
+from .storage import feasible, point_of
+from .study import Study
 
 
 def confirm(study: Study) -> list[Confirmed]:

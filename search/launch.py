@@ -18,7 +18,8 @@ from .progress import Display
 from .prompts import read_prompts
 from .report import draw_comparison, draw_front, side_by_side, write_report
 from .run_directory import RunDirectory
-from .study import Study, check_objectives, feasible, point_of
+from .storage import feasible, point_of
+from .study import Study, check_objectives
 from .tracking import Tracker
 
 

@@ -19,7 +19,7 @@ from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Config
 from blocktune.search.front import Confirmed, Point, held_out_name
 from blocktune.search.run_directory import RunDirectory
-from blocktune.search.study import STUDY, study_url
+from blocktune.search.storage import STUDY, study_url
 
 HOSTILE = "a photo of <script>document.title = 'taken'</script> & a \"ring\""
 RULES = {

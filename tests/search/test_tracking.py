@@ -353,7 +353,7 @@ def test_a_mistake_is_one_sentence(
 
 
 def test_optunas_dashboard_opens_the_study(tmp_path: Path) -> None:
-    from blocktune.search.study import STUDY, open_storage
+    from blocktune.search.storage import STUDY, open_storage
 
     url, port = f"sqlite:///{tmp_path / 'study.db'}", free_port()
     optuna.create_study(study_name=STUDY, storage=open_storage(url), directions=["maximize", "maximize", "minimize"])
