@@ -39,7 +39,7 @@ def block_map(files: RunFiles, name: str) -> dict[str, Any]:
         "steps": steps,
         "blocks": policy.model.num_blocks,
         "bands": _bands(policy.model.transformer, policy.model.num_blocks, files.config()),
-        "rules": [_sentence(rule) for rule in policy.rules],
+        "rules": _sentences(policy.rules),
         "branches": [_layout(policy, steps, branch) for branch in (("cond", "uncond") if guided else ("both",))],
     }
 
@@ -89,24 +89,31 @@ def _scale(action) -> str:
     return f"text {action.operand}{' of ' + ', '.join(action.tokens) if tokens is None else tokens} × {action.scale:g}"
 
 
-def _sentence(rule) -> str:
-    """A rule in words: blocks, part of the run, action."""
+def _sentences(rules) -> list[str]:
+    """What the rules say, in words; those that differ in their blocks alone are one sentence."""
+    blocks: dict[Any, set[int]] = {}
+    for rule in rules:
+        blocks.setdefault((rule.window, rule.branch, rule.action), set()).update(rule.blocks)
+    return [_sentence(sorted(those), *does) for does, those in blocks.items()]
+
+
+def _sentence(blocks: list[int], window: tuple[float, float], branch: str, action) -> str:
+    """Blocks, part of the run, action."""
     ranges: list[list[int]] = []
-    for block in rule.blocks:
+    for block in blocks:
         if ranges and ranges[-1][1] == block - 1:
             ranges[-1][1] = block
         else:
             ranges.append([block, block])
     spelled = ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in ranges)
-    start, end = (f"{100 * x:g}" for x in rule.window)
-    action = rule.action
+    start, end = (f"{100 * x:g}" for x in window)
     does = {
         "skip": lambda: "skip",
         "reuse": lambda: f"compute every {action.every} steps, reuse between" if action.every else "reuse throughout",
         "scale_text": lambda: _scale(action),
     }[action.type]()
-    branch = "" if rule.branch == "both" else f", {rule.branch}itional rows only"
-    return f"Block{'s' * (len(rule.blocks) > 1)} {spelled}, {start}–{end} % of the run{branch}: {does}"
+    rows = "" if branch == "both" else f", {branch}itional rows only"
+    return f"Block{'s' * (len(blocks) > 1)} {spelled}, {start}–{end} % of the run{rows}: {does}"
 
 
 def _bands(transformer: str, num_blocks: int, config: Config) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from . import pictures
 from .answers import answer
 from .block_map import policy_file
 from .files import Missing, RunFiles, Unreadable
-from .server import static
+from .page import static
 
 LIMIT = 5 << 20  # bytes: what mail servers let through
 _ENDS = (24, 12, 6, 3, 1, 0)  # pictures from each end of the order, the most that fit

@@ -3,7 +3,8 @@
 import hashlib
 import ipaddress
 import socket
-from importlib.resources import files as resources
+import threading
+from importlib import import_module
 from pathlib import Path
 
 import uvicorn
@@ -16,6 +17,7 @@ from . import pictures
 from .answers import answer
 from .block_map import policy_file
 from .files import Missing, RunFiles, Unreadable
+from .page import static
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -30,11 +32,6 @@ STATIC = {
     "style.css": ("style.css", "text/css; charset=utf-8"),
     "page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
-
-
-def static(name: str) -> bytes:
-    """A file of the page itself."""
-    return (resources("blocktune.dashboards") / "static" / name).read_bytes()
 
 
 def create_app(root: Path, hosts: list[str]) -> FastAPI:
@@ -95,6 +92,8 @@ def serve(root: Path, host: str, port: int) -> None:
     where = str(address[0])
     local = ipaddress.ip_address(where).is_loopback
     app = create_app(root, ["127.0.0.1", "localhost", "[::1]", host] if local else ["*"])
+    # the first map needs torch, seconds to import: while the front is being looked at
+    threading.Thread(target=import_module, args=("blocktune.policies",), daemon=True).start()
     shown = f"[{where}]" if ":" in where else where
     print(f"http://{shown}:{listening.getsockname()[1]}/ shows {root}; Ctrl-C ends it", flush=True)
     try:

@@ -163,6 +163,20 @@ def _matches(p: Point, q: Point) -> bool:
     return p.alignment >= q.alignment and p.quality >= q.quality and p.latency <= q.latency
 
 
+def _workers(trials: list[Trial], recent: list[float]) -> list[dict[str, Any]]:
+    """What each worker did and does, and its load: the share of the time of the `recent` ends that it was measuring."""
+    told = []
+    span = recent[-1] - recent[0] if recent else 0.0
+    for number in sorted({t.attributes["worker"] for t in trials if "worker" in t.attributes}):
+        own = [t for t in trials if t.attributes.get("worker") == number]
+        ends = [(t.start, t.end) for t in own if t.start and t.end and recent and recent[0] < t.end <= recent[-1]]
+        busy = sum(end - max(start, recent[0]) for start, end in ends)
+        now = next((t.number for t in own if t.state == "RUNNING"), None)
+        done = sum(t.state in ("COMPLETE", "FAIL") for t in own)
+        told.append({"worker": number, "trials": done, "load": round(busy / span, 3) if span else None, "now": now})
+    return told
+
+
 def _search(trials: list[Trial], described: dict[str, Any], config: Config, state: str) -> dict[str, Any]:
     ends = sorted(t.end for t in trials if t.complete and t.end and "same_as" not in t.attributes)
     recent = ends[-_RECENT:]
@@ -179,5 +193,6 @@ def _search(trials: list[Trial], described: dict[str, Any], config: Config, stat
         "pace": pace and round(pace, 3),
         "images": config.prompts.search_images,
         "sampler": f"{config.search.sampler}, seed {config.search.seed}",
+        "workers": _workers(trials, recent),
         **{k: v for k, v in (described.get("description") or {}).items() if k in ("device", "dtype")},
     }

@@ -62,10 +62,11 @@ def confirm(run: RunArgument = DEFAULT_RUN) -> None:
 
 
 def _search(config, path: Path, resume: bool, confirm_only: bool) -> None:
+    from ..dashboards.report import write_report
     from .launch import launch
 
     again = f"blocktune search --resume --out {path}"
-    run = _guarded(path, again, lambda: launch(config, path, resume, confirm_only))
+    run = _guarded(path, again, lambda: launch(config, path, resume, confirm_only, write_report))
     _tell(run)
 
 
@@ -113,7 +114,8 @@ def _tell(run) -> None:
     from .report import summary
 
     typer.echo(summary(run))
-    typer.echo(f"\nreport {run.report}\nfront {run.front}\npictures {run.compare}\npolicies {run.policies}")
+    typer.echo(f"\nreport {run.report}\npage {run.page}\nfront {run.front}")
+    typer.echo(f"pictures {run.compare}\npolicies {run.policies}")
 
 
 @app.command()

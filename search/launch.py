@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,12 @@ from .study import Study, check_objectives
 from .tracking import Tracker
 
 
-def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunDirectory:
+def launch(
+    config: Config, path: Path, resume: bool, confirm_only: bool, write_page: Callable[[Path, Path], None]
+) -> RunDirectory:
     """Search (or with `confirm_only` just confirm) into the run directory `path`, and return it.
+
+    `write_page(run, output)` writes the run as one HTML file, which goes to MLflow as well.
 
     Whatever is raised on the way, what finished is on disk, and a call with `resume` goes on from there. Raises
     ConfigError for a user's mistake, JobFailed where a part that everything rests on cannot be measured, OSError and
@@ -64,7 +69,9 @@ def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunD
                 "hypervolume": f"{study.standing()['hypervolume']:.3f}",
             }
             write_report(run, facts)
-            files = [run.front, run.compare, run.report, run.confirmed, run.config, *run.policies.glob("*.json")]
+            write_page(path, run.page)
+            files = [run.front, run.compare, run.report, run.page, run.confirmed, run.config]
+            files += run.policies.glob("*.json")
             picks = {name: run.policies / f"{name}.json" for c in confirmed for name in c.picks}
             tracker.finish("FINISHED", files, {"front": study.front_table()}, picks)
             state |= {"mlflow_run_id": tracker.run_id}

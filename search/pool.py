@@ -32,6 +32,7 @@ class Job:
     result: Any = None
     error: str | None = None
     attempts: int = 0
+    worker: int = 0  # the number of the one that has it or had it last
 
 
 class Pool:
@@ -79,7 +80,8 @@ class Pool:
         self.description: Description = self._described(first)  # settles the dtype for all
         rest = [self._actor.remote(self.config, self.description.dtype) for _ in range(count - 1)]
         self.nodes = [self.description.node] + [self._described(worker).node for worker in rest]
-        self._idle = [first, *rest]
+        self._workers = [first, *rest]  # by number; one that dies is replaced in its place
+        self._idle = list(self._workers)
         self._running: dict[Any, tuple[Any, Job]] = {}
 
     @staticmethod
@@ -113,7 +115,7 @@ class Pool:
 
     def submit(self, job: Job) -> None:
         worker = self._idle.pop()
-        job.attempts += 1
+        job.attempts, job.worker = job.attempts + 1, self._workers.index(worker)
         reference = getattr(worker, job.method).remote(*job.args)
         self._running[reference] = (worker, job)
 
@@ -131,6 +133,7 @@ class Pool:
                 # a new actor, not Ray's restart: calls to one that restarts fail at once instead of waiting for it
                 ray.kill(worker)
                 worker = self._actor.remote(self.config, self.description.dtype)
+                self._workers[job.worker] = worker
                 if job.attempts <= RETRIES:
                     self._idle.append(worker)
                     self.submit(job)

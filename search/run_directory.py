@@ -22,6 +22,7 @@ class RunDirectory:
         self.config, self.state = path / "config.yaml", path / "run.json"
         self.scores, self.policies, self.images = path / "scores", path / "policies", path / "images"
         self.front, self.compare, self.report = path / "front.png", path / "compare.png", path / "report.md"
+        self.page = path / "report.html"
         self.confirmed = path / "confirmed.json"
         self._lock: int | None = None
 

@@ -148,9 +148,9 @@ class Study:
                     self._tell_known(trial, chosen)
                     done += 1
                     continue
-                self.pool.submit(
-                    Job("measure", (chosen.policy, chosen.steps, "search", self._reference), (trial, chosen))
-                )
+                job = Job("measure", (chosen.policy, chosen.steps, "search", self._reference), (trial, chosen))
+                self.pool.submit(job)
+                trial.set_user_attr("worker", job.worker)
             if not self.pool.busy:
                 continue
             for job in self.pool.wait(timeout=1.0):

@@ -49,7 +49,7 @@ function duration(seconds) {
 }
 
 function choice(label, options, value, onchange) {
-  const select = el("select", { onchange: () => onchange(select.value) },
+  const select = el("select", { "aria-label": label, onchange: () => onchange(select.value) },
     Object.entries(options).map(([key, text]) => el("option", { value: key, selected: key === value }, text)));
   return el("label", {}, `${label} `, select);
 }
@@ -329,7 +329,7 @@ function copy(code) {
 
 /** A grid that is one stop of the Tab key: arrows walk over its cells, and what a cell says is read out below. */
 function grid(rows, columns, width, describe, { gaps = [], axes: [down, across], label, names: rowNames }) {
-  const left = rowNames ? Math.max(...rowNames.map((n) => n.length)) * 6.6 + 12 : 34, foot = 30;
+  const left = rowNames ? Math.max(...rowNames.map((n) => n.length)) * 6.6 + 12 : 34, foot = 34;
   const w = clamp((width - left - 2) / columns, 4, 30), h = rowNames ? 22 : clamp(360 / rows, 7, 20);
   const top = (r) => 4 + r * h + gaps.filter((g) => g.name && g.first <= r).length * 14;
   const svg = el("svg", { width: left + w * columns, height: top(rows - 1) + h + foot, role: "group", "aria-label": label }, textures(label));
@@ -521,16 +521,25 @@ function searching(run, width) {
     Pictures: `${s.images} a trial`,
     Sampler: s.sampler,
     Device: s.device && `${s.device}, ${s.dtype}`,
-    Workers: run.state === "searching" ? `${s.running} trial${s.running === 1 ? " is" : "s are"} marked as running; the files tell no more of workers` : null,
   };
   return el("section", { "aria-label": "Search" }, el("h2", {}, "Search"),
     el("dl", {}, Object.entries(facts).filter(([, text]) => text).flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])),
+    s.workers.length > 0 && [el("h3", {}, "Workers"), workers(s, run.state === "searching"), el("p", { class: "note" }, "Load: the share of the last trials' time that a worker was measuring.")],
     run.hypervolume && el("h3", {}, "Hypervolume against pictures spent"),
     run.hypervolume && history(run.hypervolume, Math.min(width, 900)),
     run.hypervolume && el("p", { class: "note" }, "What the front commands beyond ten points less alignment and quality than the unmodified model, in point × point × share of time saved, as the search saw it."),
     el("h3", {}, "Failures"),
     failures.size === 0 ? el("p", {}, "None with a reason.") : el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "reason"), el("th", { scope: "col" }, "trials"))),
       el("tbody", {}, [...failures].map(([reason, numbers]) => el("tr", {}, el("td", { class: "wrap" }, reason), el("td", { class: "wrap" }, numbers.slice(0, 12).join(", ") + (numbers.length > 12 ? ` and ${numbers.length - 12} more` : "")))))));
+}
+
+function workers(s, live) {
+  const bar = (load) => el("svg", { width: 120, height: 10, "aria-hidden": true }, el("rect", { class: "compute", width: 120, height: 10, rx: 5 }), el("rect", { class: "bar", width: 120 * load, height: 10, rx: 5 }));
+  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Workers" }, el("table", { class: "narrow" },
+    el("thead", {}, el("tr", {}, ["worker", "trials", "load", "", live && "now"].filter((name) => name !== false).map((name, i) => el("th", { scope: "col", class: (i === 1 || i === 2) && "number" }, name)))),
+    el("tbody", {}, s.workers.map((w) => el("tr", {}, el("th", { scope: "row" }, w.worker), el("td", { class: "number" }, w.trials),
+      el("td", { class: "number" }, w.load === null ? "" : `${Math.round(100 * w.load)} %`), el("td", {}, w.load !== null && bar(w.load)),
+      live && el("td", {}, w.now === null ? "waits" : `trial ${w.now}`))))));
 }
 
 function history(h, width) {

@@ -2,14 +2,17 @@
 
 import http.client
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
 import uvicorn
 from blocktune.dashboards.server import create_app
@@ -20,6 +23,8 @@ from blocktune.search.config import Config
 from blocktune.search.front import Confirmed, Point, held_out_name
 from blocktune.search.run_directory import RunDirectory
 from blocktune.search.storage import STUDY, study_url
+from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Page as Tab
 
 HOSTILE = "a photo of <script>document.title = 'taken'</script> & a \"ring\""
 RULES = {
@@ -77,7 +82,13 @@ def write_run(path: Path) -> RunDirectory:
         key = f"{number}" * 64
         values = [float(scores["shapes"].mean()), float(scores["crispness"].mean()), latency]
         metrics = {e: float(v.mean()) for e, v in scores.items()} | {"latency": latency, "speedup": 1 / latency}
-        stored = {"key": key, "steps": STEPS, "metrics": metrics, "policy": policy.model_dump(mode="json")}
+        stored = {
+            "worker": number % 2,
+            "key": key,
+            "steps": STEPS,
+            "metrics": metrics,
+            "policy": policy.model_dump(mode="json"),
+        }
         for attribute, value in (stored | ({} if rules else {"anchor": "unmodified"})).items():
             trial.set_user_attr(attribute, value)
         trial.set_constraint("insane_pictures", 0.0)
@@ -110,6 +121,12 @@ def write_run(path: Path) -> RunDirectory:
     failed = study.ask()
     failed.set_user_attr("reason", "the lamp went out")
     study.tell(failed, state=optuna.trial.TrialState.FAIL)
+    probed = [
+        (block, effect, "0 to 1", kind, 0.01 * (block - 2), 0.01 * (block - 2) - 0.015, 0.01 * (block - 2) + 0.015)
+        for kind in ("all", "colors") for effect in ("remove", "enhance value") for block in range(5)
+    ]  # fmt: skip
+    columns = ["block", "effect", "window", "kind", "delta", "low", "high"]
+    pd.DataFrame(probed, columns=columns).to_parquet(path / "probe.parquet")
     run.write_json(run.confirmed, {"level": 0.95, "margin": 0.1, "confirmed": [c.to_dict() for c in confirmed]})
     return run
 
@@ -145,9 +162,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return write_run(tmp_path_factory.mktemp("dashboard") / "run")
 
 
-@pytest.fixture(scope="session")
-def page(run: RunDirectory) -> Iterator[Page]:
-    config = uvicorn.Config(create_app(run.path, ["127.0.0.1"]), port=0, log_level="warning")
+@contextmanager
+def served(root: Path) -> Iterator[Page]:
+    """The page of the run directory `root`."""
+    config = uvicorn.Config(create_app(root, ["127.0.0.1"]), port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -157,3 +175,37 @@ def page(run: RunDirectory) -> Iterator[Page]:
     yield Page(server.servers[0].sockets[0].getsockname()[1])
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="session")
+def page(run: RunDirectory) -> Iterator[Page]:
+    with served(run.path) as page:
+        yield page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser: Browser) -> Iterator[Tab]:
+    """A tab that fails its test for any error the browser tells: of a script, a refused source, a missing file."""
+    context, errors = browser.new_context(viewport={"width": 1300, "height": 900}), []
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab = context.new_page()
+    tab.set_default_timeout(10_000)
+    tab.on("console", lambda message: message.type in ("error", "warning") and errors.append(message.text))
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.on("requestfailed", lambda request: errors.append(f"{request.url} {request.failure}"))
+    yield tab
+    context.close()
+    assert errors == []

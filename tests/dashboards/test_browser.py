@@ -1,49 +1,23 @@
 """The page as a person meets it, in a real Chromium; skipped where none is installed."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from blocktune.dashboards.report import write_report
 from blocktune.search.run_directory import RunDirectory
-from playwright.sync_api import Browser, expect, sync_playwright
 from playwright.sync_api import Page as Tab
+from playwright.sync_api import expect
 
 from .conftest import HOSTILE, Page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
 CUT = "node => getComputedStyle(node).getPropertyValue('--cut').trim()"
 LOADED = "node => node.complete && node.naturalWidth"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture(params=["light", "dark"])
 def scheme(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def tab(browser: Browser) -> Iterator[Tab]:
-    """A tab that fails its test for any error the browser tells: of a script, a refused source, a missing file."""
-    tab, errors = browser.new_page(viewport={"width": 1300, "height": 900}), []
-    tab.set_default_timeout(10_000)
-    tab.on("console", lambda message: message.type in ("error", "warning") and errors.append(message.text))
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("requestfailed", lambda request: errors.append(f"{request.url} {request.failure}"))
-    yield tab
-    tab.close()
-    assert errors == []
 
 
 def _serious(tab: Tab) -> list[str]:
@@ -128,14 +102,90 @@ def test_the_line_between_two_pictures_moves(tab: Tab, page: Page) -> None:
     assert set(wipes.evaluate_all(f"nodes => nodes.map({CUT})")) == {"0%"}
 
 
-@pytest.mark.parametrize("view", ["", "#front/trial-1", "#front/trial-2", "#search"])
+VIEWS = ["", "#front/trial-1", "#front/trial-1/trial-2", "#probe", "#search"]
+
+
+@pytest.mark.parametrize("view", VIEWS)
 def test_axe_finds_nothing_serious(tab: Tab, page: Page, scheme: str, view: str) -> None:
     tab.emulate_media(color_scheme=scheme)
     tab.goto(page.url + view)
     expect(tab.locator("#main h2, #main h3").first).to_be_visible()
-    if "/" in view:
+    if view == "#front/trial-1":
         _wait_for_map(tab)
     assert _serious(tab) == []
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_narrow_page_is_read_without_scrolling_sideways(tab: Tab, page: Page, view: str) -> None:
+    tab.set_viewport_size({"width": 360, "height": 780})
+    tab.goto(page.url + view)
+    expect(tab.locator("#main h2, #main h3").first).to_be_visible()
+    if view == "#front/trial-1":
+        _wait_for_map(tab)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_the_five_lines_are_copied(tab: Tab, page: Page) -> None:
+    tab.goto(f"{page.url}#front/trial-1")
+    tab.get_by_role("button", name="Copy the five lines").click()
+    expect(tab.get_by_role("button", name="Copied")).to_be_visible()
+    lines = tab.evaluate("navigator.clipboard.readText()").strip().splitlines()
+    assert len(lines) == 5
+    assert 'BlockPolicy.load("balanced.json")' in lines[1]
+    compile("\n".join(lines), "copied", "exec")
+
+
+def test_two_policies_stand_side_by_side(tab: Tab, page: Page) -> None:
+    tab.goto(f"{page.url}#front/trial-2")
+    tab.get_by_label("Compare with").select_option("trial 1")
+    headings = tab.get_by_role("heading", level=2)
+    expect(headings).to_have_text(["Trial 2", "Trial 1balanced"])
+    expect(tab.locator("rect.cell[role=img]")).to_have_count(40)
+    first, second = headings.all()
+    assert first.bounding_box()["y"] == second.bounding_box()["y"]
+    expect(tab.locator("table", has_text="evaluator").get_by_role("columnheader", name="Trial")).to_have_count(2)
+    tab.get_by_label("Compare with").select_option("nothing")
+    expect(headings).to_have_text(["Trial 2"])
+
+
+def test_filters_take_marks_away(tab: Tab, page: Page) -> None:
+    tab.goto(page.url)
+    marks = tab.locator(".overview [data-key]")
+    expect(marks).to_have_count(4)  # the star, two trials, and one of them confirmed
+    tab.get_by_label("at least").fill("1.3")
+    tab.keyboard.press("Enter")
+    expect(marks).to_have_count(2)
+    tab.get_by_label("confirmed", exact=True).uncheck()
+    tab.get_by_label("at least").fill("0")
+    tab.keyboard.press("Enter")
+    expect(marks).to_have_count(3)
+
+
+def test_the_axes_change(tab: Tab, page: Page) -> None:
+    tab.goto(page.url)
+    tab.get_by_label("Up", exact=True).select_option("speed-up")  # what the other axis showed: they trade places
+    expect(tab.locator("svg[aria-label='speed-up against alignment, shapes']")).to_be_visible()
+    tab.get_by_label("Across", exact=True).select_option("quality, crispness")
+    expect(tab.locator("svg[aria-label='speed-up against quality, crispness']")).to_be_visible()
+
+
+def test_the_probe_is_read_by_keyboard(tab: Tab, page: Page) -> None:
+    tab.goto(page.url)
+    tab.get_by_role("link", name="Probe").click()
+    expect(tab.get_by_role("heading", level=3)).to_have_text(["All", "Colors"])
+    maps = tab.locator("svg[aria-label^=probe]")
+    expect(maps.first.locator("rect.cell")).to_have_count(10)
+    expect(maps.first.locator("circle.sure")).to_have_count(4)  # at two points from zero the interval leaves it out
+    maps.first.locator("rect.cell").first.focus()
+    tab.keyboard.press("ArrowDown")
+    expect(tab.locator(".readout").first).to_have_text("Block 0, enhance value, 0 to 1: −2.0 [−3.5, −0.5] points")
+
+
+def test_the_search_tells_workers_and_failures(tab: Tab, page: Page) -> None:
+    tab.goto(f"{page.url}#search")
+    expect(tab.get_by_role("img", name="Hypervolume")).to_be_visible()
+    expect(tab.get_by_role("region", name="Workers").locator("tbody tr")).to_have_count(2)
+    expect(tab.get_by_role("row", name="the lamp went out")).to_contain_text("3")
 
 
 def test_dark_mode_is_dark(tab: Tab, page: Page) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +11,43 @@ import pandas as pd
 import pytest
 from blocktune.dashboards.server import create_app
 from PIL import Image
+from playwright.sync_api import expect
 from starlette.testclient import TestClient
 
 from ..search.conftest import new_world, tiny_model  # noqa: F401  (fixtures)
+from .conftest import served
 
 
 @pytest.fixture(scope="module")
-def run(new_world) -> Path:  # noqa: F811
-    world = new_world(trials=7)
-    world.pause = 0
-    world.run("search", world.config)
+def world(new_world):  # noqa: F811
+    return new_world(trials=7)
+
+
+@pytest.fixture(scope="module")
+def driver(world) -> subprocess.Popen[bytes]:
+    (world.cwd / "runs" / "tiny").mkdir(parents=True)
+    return world.start("search", world.config)
+
+
+@pytest.fixture(scope="module")
+def run(world, driver) -> Path:
+    assert driver.wait(240) == 0, (world.folder / "stderr.txt").read_text()
     return world.cwd / "runs" / "tiny"
+
+
+def test_the_page_follows_a_search(world, driver, tab):
+    """Opened on an empty folder and never loaded again."""
+    with served(world.cwd / "runs" / "tiny") as page:
+        tab.goto(page.url)
+        said, marks = tab.get_by_role("status"), tab.locator("[data-key^=trial], [data-key^=anchor], [data-key^=star]")
+        seen = []
+        for count in (1, 2, 3):  # of a scoring's half second each, so that one or two come between two looks
+            expect(marks.nth(count)).to_be_attached(timeout=90_000)
+            seen.append((marks.count(), said.inner_text()))
+        assert driver.poll() is None, "the search ended before the page was seen to follow it"
+        assert all(re.fullmatch(r"Searching: \d of 7 trials are done\.", sentence) for _, sentence in seen), seen
+        expect(said).to_contain_text("candidates confirmed", timeout=120_000)
+        expect(tab.locator("[data-key^=confirmed]").first).to_be_attached()
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +59,8 @@ def test_trials_are_those_of_the_study(client, run):
     told = client.get("/api/run").json()
     assert told["state"] == "finished"
     assert len(told["trials"]["number"]) == 7
+    assert sum(w["trials"] for w in told["search"]["workers"]) == 7
+    assert all(0 < w["load"] <= 1 for w in told["search"]["workers"])
     scores = pd.read_parquet(run / "scores" / "trial-0000.parquet")
     assert told["trials"]["alignment"][0] == pytest.approx(scores["lamp:Brightness"].mean(), abs=1e-5)
     confirmed = json.loads((run / "confirmed.json").read_text())["confirmed"]

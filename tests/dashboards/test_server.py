@@ -101,7 +101,7 @@ def test_a_download_of_what_was_not_confirmed_is_what_the_search_stored(
         "/pictures/..%2fimages%2fconfirm-unmodified/0.png", "/pictures/%2e%2e/0.png", "/pictures/nothing/0.png",
         "/pictures/confirm-unmodified/8.png", "/pictures/confirm-unmodified/-1.png", "/api/", "/api/nothing",
         "/api/candidates/nothing", "/api/candidates/..", "/api/candidates/%2e%2e%2frun", "/api/candidates/trial-3",
-        "/api/plans/nothing", "/api/probe", "/docs", "/openapi.json",
+        "/api/plans/nothing", "/api/probes", "/docs", "/openapi.json",
     ],
 )  # fmt: skip
 def test_what_is_not_of_this_page_is_404(page: Page, path: str) -> None:

@@ -44,7 +44,16 @@ def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_the_run_directory_is_complete(searched: Path) -> None:
-    for name in ("study.db", "mlflow.db", "config.yaml", "front.png", "compare.png", "report.md", "cost_table.json"):
+    for name in (
+        "study.db",
+        "mlflow.db",
+        "config.yaml",
+        "front.png",
+        "compare.png",
+        "report.md",
+        "report.html",
+        "cost_table.json",
+    ):
         assert (searched / name).stat().st_size > 0, name
     assert not [p for p in searched.rglob("*") if ".new" in p.name]
     assert list((searched / "policies").glob("*.json"))

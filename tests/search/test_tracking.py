@@ -176,7 +176,7 @@ def test_a_server_that_is_killed_loses_nothing(
     assert {"search.seed", "prompts.search_sha256"} <= parent.data.params.keys()
     assert {d.dataset.name for d in parent.inputs.dataset_inputs} == {"search-prompts", "confirm-prompts"}
     kept = {file.path for file in client(server.uri).list_artifacts(parent.info.run_id)}
-    assert {"front.json", "front.png", "compare.png", "report.md", "confirmed.json", "policies"} <= kept
+    assert {"front.json", "front.png", "compare.png", "report.md", "report.html", "confirmed.json", "policies"} <= kept
 
 
 # Records, without a search
