@@ -299,7 +299,7 @@ def summary(run: RunDirectory) -> str:
         lines += ["", "together, on held-out prompts"]
         sets: Table = pd.read_parquet(run.path / "probe_sets.parquet")
         for _, row in sets.iterrows():
-            lines.append(f"{row['set']:<18} {row['effect']} at {list(row['blocks'])}: {_points(row)}")
+            lines.append(f"{row['set']:<18} {row['effect']} at {[int(b) for b in row['blocks']]}: {_points(row)}")
     return "\n".join(lines)
 
 

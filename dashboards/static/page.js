@@ -553,22 +553,29 @@ function history(h, width) {
 }
 
 async function probing(width) {
-  const p = await answer("api/probe"), effect = (i) => p.effect[i] + (p.window[i] && `, ${p.window[i]}`);
+  const p = await answer("api/probe"), windows = new Set(p.window), effect = (i) => p.effect[i] + (windows.size > 1 ? `, ${p.window[i]}` : "");
   const most = Math.max(...p.delta.map((d) => Math.abs(d ?? 0))) || 1, blocks = Math.max(...p.block) + 1;
-  const rows = [...new Set(p.block.map((_, i) => effect(i)))];
+  const rows = [...new Set(p.block.map((_, i) => effect(i)))], kinds = [...new Set(p.kind)];
+  const across = clamp(Math.floor(width / 560), 1, Math.min(3, kinds.length)), column = (width - 44 * (across - 1)) / across;
+  const patch = (classes, t) => el("svg", { width: 22, height: 14, "aria-hidden": true }, el("rect", { width: 22, height: 14, class: `cell ${classes}`, "--t": t }));
   return el("section", { "aria-label": "Probe" }, el("h2", {}, "Probe"),
-    el("p", {}, "Each block by itself: how much alignment changes when it alone is acted on, per kind of prompt. Colour is a gain, grey a loss; a dot marks an interval that leaves out zero. Focus a map and walk with the arrow keys."),
-    [...new Set(p.kind)].map((kind) => {
+    el("p", {}, "Each block by itself: how much alignment changes when it alone is acted on, per kind of prompt. Focus a map and walk with the arrow keys."),
+    el("div", { class: "legend" },
+      el("span", {}, patch("gain", 0.3), patch("gain", 0.65), patch("gain", 1), "gain"), el("span", {}, patch("loss", 0.3), patch("loss", 0.65), patch("loss", 1), "loss"),
+      el("span", {}, `up to ${(100 * most).toFixed(0)} points, shaded by the root`),
+      el("span", {}, el("svg", { width: 10, height: 14, "aria-hidden": true }, el("circle", { class: "sure", cx: 5, cy: 7, r: 2.4 })), "the 95 % interval leaves out zero"),
+      el("span", {}, patch("unmeasured"), "not measured")),
+    el("div", { class: "maps", "--across": across }, kinds.map((kind) => {
       const at = new Map();
       p.kind.forEach((k, i) => k === kind && at.set(`${effect(i)}/${p.block[i]}`, i));
       const describe = (r, block) => {
         const i = at.get(`${rows[r]}/${block}`), d = i === undefined ? null : p.delta[i];
-        if (d === null) return { text: `Block ${block}, ${rows[r]}: not measured`, classes: "compute" };
+        if (d === null) return { text: `Block ${block}, ${rows[r]}: not measured`, classes: "unmeasured" };
         const ends = p.low[i] === null ? "" : ` [${points(p.low[i])}, ${points(p.high[i])}]`;
-        return { text: `Block ${block}, ${rows[r]}: ${points(d)}${ends} points`, classes: d < 0 ? "loss" : "gain", t: (Math.abs(d) / most).toFixed(3), dot: p.low[i] > 0 || (p.high[i] !== null && p.high[i] < 0) };
+        return { text: `Block ${block}, ${rows[r]}: ${points(d)}${ends} points`, classes: d < 0 ? "loss" : "gain", t: Math.sqrt(Math.abs(d) / most).toFixed(3), dot: p.low[i] > 0 || (p.high[i] !== null && p.high[i] < 0) };
       };
-      return [el("h3", {}, title(String(kind).replaceAll("_", " "))), ...grid(rows.length, blocks, Math.min(width, 1100), describe, { axes: ["effect", "block"], label: `probe-${kind}`, names: rows })];
-    }));
+      return el("div", {}, el("h3", {}, title(String(kind).replaceAll("_", " "))), grid(rows.length, blocks, column, describe, { axes: ["effect", "block"], label: `probe-${kind}`, names: rows }));
+    })));
 }
 
 // ------------------------------------------------------------------------------------------ routes and life
@@ -593,6 +600,7 @@ async function render() {
   try {
     if (tab === "search") return void main.replaceChildren(searching(run, width));
     if (tab === "probe") {
+      if (!main.querySelector('[aria-label="Probe"]')) main.replaceChildren(el("p", { class: "note" }, "Reading the probe …"));
       const drawing = await probing(width);
       return void (turn === drawn && main.replaceChildren(drawing));
     }
