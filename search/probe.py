@@ -130,7 +130,8 @@ class Probe:
         shared = probe.scale ** (len(chosen) / blocks)
         sets["all"] = Part(effect, tuple(range(blocks)), window, self.images, "confirm", shared)
         if "enhance input" in probe.effects and "enhance input" not in self.refused:
-            sets["last block, no-op"] = Part("enhance input", (blocks - 1,), (0.0, 1.0), self.images, "confirm")
+            # twice as loud: 1.5 times rounds in bfloat16, which alone changed a picture and its score
+            sets["last block, no-op"] = Part("enhance input", (blocks - 1,), (0.0, 1.0), self.images, "confirm", 2.0)
         self._run("controls", list(dict.fromkeys(sets.values())))
         rows = []
         for name, part in sets.items():
