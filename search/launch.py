@@ -12,6 +12,7 @@ import psutil
 
 from .config import Config
 from .confirm import confirm
+from .estimate import detectable
 from .front import Confirmed, held_out_name
 from .pool import Pool
 from .progress import Display
@@ -47,6 +48,8 @@ def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunD
             prompts = {split: read_prompts(config, split) for split in ("search", "confirm")}
             tracker.begin(_flat(config.model_dump(mode="json")), _circumstances(pool), prompts)
             study = Study(config, run, pool, tracker, display)
+            for one in detectable(config, run, study.model.num_blocks):
+                display.say(f"confirm can tell {one}")
             if not confirm_only:
                 study.search()
             confirmed = confirm(study)
