@@ -146,12 +146,15 @@ def detectable(config: Config, run: RunDirectory, blocks: int) -> tuple[Detectab
 
 def _spread(run: RunDirectory, name: str) -> tuple[float, str]:
     """Standard deviation of the differences to the unmodified model, in units of the score, and where it is from."""
+    assumed = TYPICAL_SPREAD * scale_of(get(name)), f"if differences spread by {100 * TYPICAL_SPREAD:g} points"
     if not (run.scores / "unmodified.parquet").exists():
-        return TYPICAL_SPREAD * scale_of(get(name)), f"if differences spread by {100 * TYPICAL_SPREAD:g} points"
+        return assumed
     before = run.read_scores("unmodified")[name]
     trials = [run.read_scores(path.stem)[name] for path in sorted(run.scores.glob("trial-*.parquet"))]
     changed = [spread for scores in trials if (spread := float((scores - before).std())) > 0]
     if changed:
         return float(np.median(changed)), f"as differences spread in the median of {len(changed)} trials"
+    if before.nunique() < 2:  # no picture differs from another, which tells nothing
+        return assumed
     # Scores that have nothing to do with the unmodified model's would differ by the root of two of its own spread.
     return float(before.std()) * 2**0.5, "at worst, for a policy whose pictures have nothing of the unmodified model's"
