@@ -65,9 +65,9 @@ def search(
 
 def _estimate(config, run, cost_table: Path | None) -> None:
     from .estimate import estimate, read_cost_table
-    from .study import check_objectives
+    from .launch import check
 
-    check_objectives(config)
+    check(config)
     size = f"{config.generation.num_inference_steps} steps, batches of {config.generation.batch}"
     typer.echo(f"{config.name:<12} {config.model.path}, {size}; nothing is started")
     for line in estimate(config, run, read_cost_table(cost_table) if cost_table else None).lines:
@@ -326,11 +326,12 @@ def evaluate(
 
 def _prompts(source: str, images: int | None):
     from ..reference import prompts
-    from .prompts import read_named
+    from .prompts import check_spread, read_named
 
-    if source in ("search", "confirm", "test"):
-        return prompts(source)[:images]
-    return read_named("--prompts", source, "test", images)
+    own = source in ("search", "confirm", "test")
+    chosen = prompts(source)[:images] if own else read_named("--prompts", source, "test", images)
+    check_spread("--prompts" if images is None else f"--images {images}", chosen)
+    return chosen
 
 
 @app.command()

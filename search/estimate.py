@@ -133,8 +133,6 @@ def detectable(config: Config, run: RunDirectory, blocks: int) -> tuple[Detectab
     Pictures count alike whether they are of one prompt or of many; of one prompt they tell a little less.
     """
     pictures = len(read_prompts(config, "confirm"))
-    if pictures < 2:
-        return ()
     objectives, confirm = config.objectives, config.confirm
     level, found = 1 - 0.05 / _compared(config, blocks), []
     for name, margin in ((objectives.alignment, confirm.margin), (objectives.quality, confirm.quality_margin)):

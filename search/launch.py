@@ -16,12 +16,18 @@ from .estimate import detectable
 from .front import Confirmed, held_out_name
 from .pool import Pool
 from .progress import Display
-from .prompts import read_prompts
+from .prompts import check_spread, read_prompts
 from .report import draw_comparison, draw_front, side_by_side, write_report
 from .run_directory import RunDirectory
 from .storage import feasible, point_of
 from .study import Study, check_objectives
 from .tracking import Tracker
+
+
+def check(config: Config) -> None:
+    """Raise what is wrong with evaluators and prompts before anything is started or written."""
+    check_objectives(config)
+    check_spread("prompts.confirm", read_prompts(config, "confirm"))
 
 
 def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunDirectory:
@@ -31,7 +37,7 @@ def launch(config: Config, path: Path, resume: bool, confirm_only: bool) -> RunD
     ConfigError for a user's mistake, JobFailed where a part that everything rests on cannot be measured, OSError and
     StorageInternalError where nothing can be written.
     """
-    check_objectives(config)
+    check(config)
     run = RunDirectory.open(path, config, resume)
     started = time.monotonic()
     state = run.read_state()
