@@ -33,9 +33,15 @@ def search(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="run directory; runs/<name> when not given")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the directory")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="start nothing; tell what the search would take and could tell")
+    ] = False,
+    cost_table: Annotated[
+        Path | None, typer.Option(help="for --dry-run: cost_table.json of another run, measured where this is to run")
+    ] = None,
 ) -> None:
     """Search policies, confirm the front on held-out prompts, export the picks."""
-    from .config import load_config
+    from .config import ConfigError, load_config
     from .run_directory import RunDirectory
     from .tracking import send_left
 
@@ -43,7 +49,11 @@ def search(
     run = RunDirectory(out or Path("runs") / settings.name)
     if resume and config is None and run.config.exists():
         settings = load_config(run.config, set_ or [])
-    if run.finished(settings):
+    if cost_table and not dry_run:
+        raise ConfigError("--cost-table is given without --dry-run; a search measures its own.")
+    if dry_run:
+        _estimate(settings, run, cost_table)
+    elif run.finished(settings):
         send_left(settings, run)
         typer.echo(f"{run.path} holds this search, finished; nothing was left to do.\n")
         _tell(run)
@@ -51,6 +61,17 @@ def search(
         typer.echo(f"\nadd trials with --resume --set search.trials={more}, start anew with --out another/place")
     else:
         _search(settings, run.path, resume, confirm_only=False)
+
+
+def _estimate(config, run, cost_table: Path | None) -> None:
+    from .estimate import estimate, read_cost_table
+    from .launch import check
+
+    check(config)
+    size = f"{config.generation.num_inference_steps} steps, batches of {config.generation.batch}"
+    typer.echo(f"{config.name:<12} {config.model.path}, {size}; nothing is started")
+    for line in estimate(config, run, read_cost_table(cost_table) if cost_table else None).lines:
+        typer.echo(line)
 
 
 @app.command()
@@ -307,11 +328,12 @@ def evaluate(
 
 def _prompts(source: str, images: int | None):
     from ..reference import prompts
-    from .prompts import read_named
+    from .prompts import check_spread, read_named
 
-    if source in ("search", "confirm", "test"):
-        return prompts(source)[:images]
-    return read_named("--prompts", source, "test", images)
+    own = source in ("search", "confirm", "test")
+    chosen = prompts(source)[:images] if own else read_named("--prompts", source, "test", images)
+    check_spread("--prompts" if images is None else f"--images {images}", chosen)
+    return chosen
 
 
 @app.command()

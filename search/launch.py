@@ -13,15 +13,22 @@ import psutil
 
 from .config import Config
 from .confirm import confirm
+from .estimate import detectable
 from .front import Confirmed, held_out_name
 from .pool import Pool
 from .progress import Display
-from .prompts import read_prompts
+from .prompts import check_spread, read_prompts
 from .report import draw_comparison, draw_front, side_by_side, write_report
 from .run_directory import RunDirectory
 from .storage import feasible, point_of
 from .study import Study, check_objectives
 from .tracking import Tracker
+
+
+def check(config: Config) -> None:
+    """Raise what is wrong with evaluators and prompts before anything is started or written."""
+    check_objectives(config)
+    check_spread("prompts.confirm", read_prompts(config, "confirm"))
 
 
 def launch(
@@ -35,7 +42,7 @@ def launch(
     ConfigError for a user's mistake, JobFailed where a part that everything rests on cannot be measured, OSError and
     StorageInternalError where nothing can be written.
     """
-    check_objectives(config)
+    check(config)
     run = RunDirectory.open(path, config, resume)
     started = time.monotonic()
     state = run.read_state()
@@ -52,6 +59,8 @@ def launch(
             prompts = {split: read_prompts(config, split) for split in ("search", "confirm")}
             tracker.begin(_flat(config.model_dump(mode="json")), _circumstances(pool), prompts)
             study = Study(config, run, pool, tracker, display)
+            for one in detectable(config, run, study.model.num_blocks):
+                display.say(f"confirm can tell {one}")
             if not confirm_only:
                 study.search()
             confirmed = confirm(study)

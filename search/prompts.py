@@ -1,5 +1,7 @@
 """Which prompts a search or a command draws: the reference model's, or any set that evaluators can read."""
 
+from collections.abc import Sequence
+
 from ..evaluators import Prompt, read_prompt_set
 from .config import Config, ConfigError
 
@@ -22,3 +24,10 @@ def read_named(field: str, source: str, split: str, count: int | None) -> tuple[
         raise ConfigError(f"{field} is {source!r}, which cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(f"{field}: {error}.") from None
+
+
+def check_spread(field: str, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts over which no interval can be had: whole prompts are resampled, so there have to be two."""
+    if len({prompt.text for prompt in prompts}) < 2:
+        told = f"{len(prompts)} picture{'s' * (len(prompts) > 1)} of one prompt"
+        raise ConfigError(f"{field} gives {told}; accepted: two prompts or more, for an interval.")

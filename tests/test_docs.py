@@ -19,7 +19,7 @@ from blocktune.search.config import page as config_page
 from diffusers import DiffusionPipeline
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")])
 LANGUAGES = {"python", "sh", "yaml", "json", "text", "latex", ""}
 
 
@@ -30,7 +30,11 @@ def blocks_of(page: Path, language: str) -> list[str]:
 
 
 def pages_with(language: str) -> list:
-    return [pytest.param(page, id=page.name) for page in PAGES if blocks_of(page, language)]
+    return [pytest.param(page, id=named(page)) for page in PAGES if blocks_of(page, language)]
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
@@ -77,7 +81,7 @@ def test_the_config_reference_is_in_step():
     assert (ROOT / "docs" / "config.md").read_text("utf-8") == config_page()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target

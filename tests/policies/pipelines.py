@@ -15,12 +15,14 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -57,7 +59,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     )
 
 
-def clip_encoder() -> CLIPTextModel:
+def clip_encoder(kind: type = CLIPTextModel) -> Any:
     config = CLIPTextConfig(
         vocab_size=54,
         hidden_size=16,
@@ -70,7 +72,7 @@ def clip_encoder() -> CLIPTextModel:
         eos_token_id=1,
         pad_token_id=1,
     )
-    return CLIPTextModel(config).eval()
+    return kind(config).eval()
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -127,6 +129,57 @@ def qwen_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
 # --- pipelines ---------------------------------------------------------------------------------------------------
 
 
+def autoencoder() -> AutoencoderKL:
+    """Latents 4 x 8 x 8 of 16 x 16 pixels."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        latent_channels=4,
+        sample_size=16,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return vae.eval()
+
+
+def sd3_pipeline(
+    num_layers: int = 4, qk_norm: str | None = None, dual_attention_layers: tuple[int, ...] = (), seed: int = 0
+) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3 without its third text encoder: 12 + `max_sequence_length` text tokens."""
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=num_layers,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=TEXT_DIM,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+        qk_norm=qk_norm,
+        dual_attention_layers=dual_attention_layers,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=louder(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(),
+        text_encoder=clip_encoder(CLIPTextModelWithProjection),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_encoder(CLIPTextModelWithProjection),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def flux_pipeline() -> FluxPipeline:
     """FLUX.1 dev: CLIP's text as a whole, T5's token by token."""
     torch.manual_seed(0)
@@ -141,21 +194,10 @@ def flux_pipeline() -> FluxPipeline:
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        latent_channels=4,
-        sample_size=16,
-        shift_factor=0.0,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     pipe = FluxPipeline(
         transformer=louder(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
+        vae=autoencoder(),
         text_encoder=clip_encoder(),
         tokenizer=clip_tokenizer(),
         text_encoder_2=t5_encoder(),

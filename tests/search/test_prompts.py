@@ -66,6 +66,35 @@ def test_a_mistake_names_the_field(
     assert told in str(error.value)
 
 
+ONE = [json.dumps(OURS | {"seed": seed}) + "\n" for seed in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["evaluate", "policy.json", "--prompts", "one.jsonl"], "--prompts gives 2 pictures of one prompt"),
+        (["verify", "policy.json", "--prompts", "one.jsonl", "--images", "2"], "--images 2 gives 2 pictures of one"),
+        (["search", "--set", "prompts.confirm=one.jsonl"], "prompts.confirm gives 2 pictures of one prompt"),
+        (["search", "--dry-run", "--set", "prompts.confirm_images=1"], "prompts.confirm gives 1 picture of one prompt"),
+    ],
+)
+def test_two_pictures_of_one_prompt_have_no_interval(
+    command: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.jsonl").write_text("".join(ONE))
+    BlockPolicy.for_model(new_transformer(), "late", [Rule(blocks=[1], action=Reuse())]).save("policy.json")
+    monkeypatch.setattr(sys, "argv", ["blocktune", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    stderr = capfd.readouterr().err
+    assert stderr.startswith("blocktune: ")
+    assert told in stderr
+    assert len(stderr.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("source", ["PartiPrompts.tsv", "compositional", "none.tsv"])
 def test_evaluate_draws_them(
     source: str,

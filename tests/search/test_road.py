@@ -28,6 +28,7 @@ def searched(world: Any) -> Path:
     done = world.run("search", world.config)
     run = world.cwd / "runs" / "tiny"
     assert "Traceback" not in done.stdout + done.stderr
+    assert "confirm can tell lamp:Brightness from " in done.stderr
     assert str(run.relative_to(world.cwd)) in done.stdout
     outside = [
         p for p in world.folder.rglob("*")
@@ -116,6 +117,19 @@ def test_policies_tell_what_they_are_for_and_what_was_seen(searched: Path) -> No
         assert policy.tuned_for["dtype"] == "float32"
         assert policy.evidence is not None
         assert {"lamp:Brightness", "crispness", "psnr", "speedup"} <= policy.evidence["confirmed"].keys()
+
+
+def test_a_dry_run_counted_no_less_than_was_drawn(world: Any, searched: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in searched.rglob("*")}
+    told = world.run("search", world.config, "--dry-run").stdout
+    assert {p: p.stat().st_mtime_ns for p in searched.rglob("*")} == before
+    assert "of one " in told, "the hours are known by the run's cost table"
+    assert "as differences spread in the median of" in told
+    rows = {path.stem: len(pd.read_parquet(path)) for path in (searched / "scores").glob("*.parquet")}
+    for stage, prefix in (("baseline", "unmodified"), ("search", "trial-"), ("confirm", "confirm-")):
+        counted = int(told.split(f"{stage} ")[1].split(",")[0])
+        drawn = sum(count for name, count in rows.items() if name.startswith(prefix))
+        assert 0 < drawn <= counted, stage
 
 
 def test_export_writes_the_same_policy(world: Any, searched: Path) -> None:

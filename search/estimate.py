@@ -1,0 +1,158 @@
+"""What a search would take and what it could tell, before it is started.
+
+Covered: pictures, device hours by a cost table, the size of the space, and the smallest difference that confirm can
+detect. Not covered: loading, scoring and idle workers, which are no share of a cost table.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..evaluators import CostTable, get, minimum_detectable_difference, scale_of
+from .config import Config, ConfigError, parsed
+from .prompts import read_prompts
+from .run_directory import RunDirectory
+from .space import anchors, distributions, steps_of
+
+TABLE_RUNS = 4  # of one batch: an untimed one and three repeats
+# Standard deviation of a policy's differences, as a share of the evaluator's scale. Of the policies confirmed on the
+# bundled model those that held lie between 0.06 and 0.2, those that change many pictures at 0.3 to 0.5.
+TYPICAL_SPREAD = 0.15
+
+
+@dataclass(frozen=True)
+class Detectable:
+    """The smallest true difference of one objective, in points, that confirm finds four times out of five.
+
+    It is also the smallest margin within which a policy that loses nothing holds as often.
+    """
+
+    evaluator: str
+    points: float
+    pictures: int
+    margin: float  # of the config, in points
+    basis: str  # where the spread is from
+
+    def __str__(self) -> str:
+        told = f"{self.evaluator} from {self.points:.1f} points on, with {self.pictures} pictures, {self.basis}"
+        if self.points <= self.margin:
+            return told
+        wanted = int(np.ceil(self.pictures * (self.points / self.margin) ** 2))
+        return f"{told}; what loses nothing holds within {self.margin:g} points with about {wanted}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A search that has not run. Counts and hours are upper ends: policies save time, and equal ones run once."""
+
+    pictures: dict[str, int]  # by stage
+    seconds: float | None  # of one device; None where no cost table is known
+    table: CostTable | None
+    dimensions: int
+    detectable: tuple[Detectable, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """For a person."""
+        stages = ", ".join(f"{name} {count}" for name, count in self.pictures.items())
+        lines = [f"{'pictures':<12} at most {sum(self.pictures.values())}: {stages}"]
+        if self.table is None or self.seconds is None:
+            lines.append(
+                f"{'time':<12} not known without a cost table: a search writes cost_table.json in its first minutes "
+                "and can be stopped then; or give one of this model, size and batch by --cost-table"
+            )
+        else:
+            table = self.table
+            lines.append(
+                f"{'time':<12} at most {self.seconds / 3600:.2f} hours of one {table.device}, scoring not counted: "
+                f"{table.run_seconds / table.batch:.3f} s per picture of {table.width}x{table.height} in {table.dtype}"
+            )
+        lines.append(f"{'space':<12} {self.dimensions} dimensions")
+        return lines + [f"{'detectable':<12} {one}" for one in self.detectable]
+
+
+def read_cost_table(path: Path) -> CostTable:
+    """`cost_table.json` of a run. ConfigError for a file that holds none."""
+    try:
+        return parsed(CostTable, json.loads(path.read_text("utf-8")), str(path))
+    except (OSError, json.JSONDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--cost-table is {str(path)!r}, which cannot be read: {cause}.") from None
+
+
+def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) -> Estimate:
+    """For the search of `config` into `run`, by `table` or the one that lies there. Nothing is written.
+
+    Raises ConfigError for a table of other pictures than the config's.
+    """
+    stored = run.path / "cost_table.json"
+    if table is None and stored.exists():
+        table = read_cost_table(stored)
+    counts = {split: len(read_prompts(config, split)) for split in ("search", "confirm")}
+    batch = min(config.generation.batch, counts["search"])
+    blocks = len(table.block_compute) if table else config.space.bands
+    compared = _compared(config, blocks)
+    pictures = {
+        "cost table": TABLE_RUNS * batch,
+        "baseline": counts["search"],
+        "search": config.search.trials * counts["search"],
+        "confirm": (1 + compared) * counts["confirm"],
+        "timing": (1 + (1 + compared) * config.confirm.repeats) * min(config.generation.batch, counts["confirm"]),
+    }
+    seconds = None
+    if table is not None:
+        _check(table, config, batch)
+        calls = max(steps_of(config)) * table.calls_per_step
+        run_seconds = table.predict([["compute"] * blocks] * calls)
+        table = table.model_copy(update={"run_seconds": run_seconds, "steps": calls})
+        seconds = sum(pictures.values()) * run_seconds / table.batch
+    return Estimate(pictures, seconds, table, len(distributions(config, blocks)), detectable(config, run, blocks))
+
+
+def _check(table: CostTable, config: Config, batch: int) -> None:
+    generation = config.generation
+    for field, has, wanted in (
+        ("height", table.height, generation.height),
+        ("width", table.width, generation.width),
+        ("batch", table.batch, batch),
+    ):
+        if wanted is not None and has != wanted:
+            raise ConfigError(f"the cost table has {field} {has}; accepted: {wanted}, as the config draws.")
+
+
+def _compared(config: Config, blocks: int) -> int:
+    """How many candidates confirm compares with the unmodified model, which is an anchor itself."""
+    return len(anchors(config, blocks)) - 1 + config.confirm.candidates
+
+
+def detectable(config: Config, run: RunDirectory, blocks: int) -> tuple[Detectable, ...]:
+    """What confirm can tell of alignment and quality, when all that it compares share its error of 5 %.
+
+    Pictures count alike whether they are of one prompt or of many; of one prompt they tell a little less.
+    """
+    pictures = len(read_prompts(config, "confirm"))
+    objectives, confirm = config.objectives, config.confirm
+    level, found = 1 - 0.05 / _compared(config, blocks), []
+    for name, margin in ((objectives.alignment, confirm.margin), (objectives.quality, confirm.quality_margin)):
+        spread, basis = _spread(run, name)
+        points = 100 * minimum_detectable_difference(pictures, spread, level) / scale_of(get(name))
+        found.append(Detectable(name, points, pictures, 100 * margin, basis))
+    return tuple(found)
+
+
+def _spread(run: RunDirectory, name: str) -> tuple[float, str]:
+    """Standard deviation of the differences to the unmodified model, in units of the score, and where it is from."""
+    assumed = TYPICAL_SPREAD * scale_of(get(name)), f"if differences spread by {100 * TYPICAL_SPREAD:g} points"
+    if not (run.scores / "unmodified.parquet").exists():
+        return assumed
+    before = run.read_scores("unmodified")[name]
+    trials = [run.read_scores(path.stem)[name] for path in sorted(run.scores.glob("trial-*.parquet"))]
+    changed = [spread for scores in trials if (spread := float((scores - before).std())) > 0]
+    if changed:
+        return float(np.median(changed)), f"as differences spread in the median of {len(changed)} trials"
+    if before.nunique() < 2:  # no picture differs from another, which tells nothing
+        return assumed
+    # Scores that have nothing to do with the unmodified model's would differ by the root of two of its own spread.
+    return float(before.std()) * 2**0.5, "at worst, for a policy whose pictures have nothing of the unmodified model's"

@@ -1,0 +1,129 @@
+"""What `--dry-run` tells: pictures, hours and detectable differences, from nothing and from what a run has stored."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from blocktune.evaluators import Prompt, minimum_detectable_difference
+from blocktune.search.cli import main
+from blocktune.search.config import Config, load_config
+from blocktune.search.estimate import detectable, estimate, read_cost_table
+from blocktune.search.prompts import read_prompts
+from blocktune.search.run_directory import RunDirectory
+from hypothesis import given
+from hypothesis import strategies as st
+
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "reference" / "cost_table.json"
+
+
+def blocktune(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["blocktune", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code or 0  # pyright: ignore[reportReturnType]
+
+
+def test_a_dry_run_starts_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert blocktune(monkeypatch, "search", "--dry-run", "--set", "search.trials=10") == 0
+    told = capsys.readouterr().out
+    assert "search 960" in told
+    assert "not known without a cost table" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_hours_are_those_of_the_cost_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    same = ["--set", "generation.batch=96"]
+    assert blocktune(monkeypatch, "search", "--dry-run", "--cost-table", str(TABLE), *same) == 0
+    table, config = read_cost_table(TABLE), load_config(None, ["generation.batch=96"])
+    told = estimate(config, RunDirectory(tmp_path), table)
+    assert told.seconds == pytest.approx(sum(told.pictures.values()) * table.run_seconds / 96)
+    assert f"at most {told.seconds / 3600:.2f} hours of one NVIDIA H200" in capsys.readouterr().out
+
+
+def test_more_steps_take_longer(tmp_path: Path) -> None:
+    table, run = read_cost_table(TABLE), RunDirectory(tmp_path)
+    few, many = (
+        estimate(load_config(None, ["generation.batch=96", f"generation.num_inference_steps={steps}"]), run, table)
+        for steps in (20, 40)
+    )
+    assert few.seconds is not None
+    assert many.seconds is not None
+    assert 1.8 * few.seconds < many.seconds < 2 * few.seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--cost-table", str(TABLE)], "the cost table has batch 96; accepted: 24"),
+        (["--cost-table", str(TABLE), "--set", "generation.height=64"], "the cost table has height 48; accepted: 64"),
+        (["--cost-table", "none.json"], "--cost-table is 'none.json', which cannot be read: No such file"),
+        (["--cost-table", "words.json"], "--cost-table is 'words.json', which cannot be read: Expecting value"),
+        (["--cost-table", "empty.json"], "empty.json.block_compute is"),
+        (["--set", "objectives.quality=beauty"], "evaluator is 'beauty'"),
+        (["--set", "prompts.confirm=none.jsonl"], "prompts.confirm is 'none.jsonl'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("words.json").write_text("just words")
+    Path("empty.json").write_text("{}")
+    assert blocktune(monkeypatch, "search", "--dry-run", *arguments) == 2
+    stderr = capsys.readouterr().err
+    assert told in stderr
+    assert len(stderr.splitlines()) == 1
+
+
+def test_a_cost_table_is_for_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert blocktune(monkeypatch, "search", "--cost-table", str(TABLE)) == 2
+    assert "without --dry-run" in capsys.readouterr().err
+
+
+def _stored(run: RunDirectory, config: Config, **scores: np.ndarray) -> None:
+    run.scores.mkdir(exist_ok=True)
+    prompts: tuple[Prompt, ...] = read_prompts(config, "search")
+    for name, values in scores.items():
+        run.write_scores(name, prompts, {"shapes": values, "crispness": values})
+
+
+def test_the_spread_is_measured_as_soon_as_it_can_be(tmp_path: Path) -> None:
+    """Assumed, then at worst by the unmodified model's scores, then by the differences of trials that changed some."""
+    config, run, rng = Config(), RunDirectory(tmp_path), np.random.default_rng(0)
+    assert "if differences spread by 15 points" in str(detectable(config, run, 12)[0])
+    before = rng.uniform(size=config.prompts.search_images)
+    _stored(run, config, unmodified=before)
+    worst, _ = detectable(config, run, 12)
+    assert worst.basis.startswith("at worst")
+    level = 1 - 0.05 / (4 + config.confirm.candidates)  # fewer steps, two of late reuse, all text up
+    expected = minimum_detectable_difference(worst.pictures, before.std(ddof=1) * 2**0.5, level)
+    assert worst.points == pytest.approx(100 * expected)
+    noise = 0.1 * rng.standard_normal(len(before))
+    _stored(run, config, **{"trial-0000": before, "trial-0001": before + noise})
+    measured, _ = detectable(config, run, 12)
+    assert measured.basis == "as differences spread in the median of 1 trials"
+    assert measured.points == pytest.approx(worst.points * noise.std(ddof=1) / (before.std(ddof=1) * 2**0.5))
+
+
+@given(st.integers(2, 576), st.floats(0.001, 0.2))
+def test_as_many_pictures_as_told_suffice(pictures: int, margin: float) -> None:
+    """Where it is said that the margin takes so many pictures, these tell a difference of the margin."""
+    config = load_config(None, [f"prompts.confirm_images={pictures}", f"confirm.margin={margin}"])
+    told, _ = detectable(config, RunDirectory(Path("nowhere")), 12)
+    words = str(told).split("with about ")
+    if len(words) == 1:
+        assert told.points <= told.margin
+    else:
+        level = 1 - 0.05 / (4 + config.confirm.candidates)
+        assert 100 * minimum_detectable_difference(int(words[1]), 0.15, level) <= told.margin * 1.001
