@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -132,6 +141,11 @@ class Ray(_Section):
         default=1, description="threads that share a picture wait for each other, and on a busy machine for others too"
     )
     gpus_per_worker: float | None = Field(default=None, description="1 where the cluster has GPUs when not given")
+    prefix_gib: NonNegativeFloat = Field(
+        default=2.0,
+        description="main memory in which a worker keeps what the transformer returned, so that candidates which begin "
+        "alike share their first steps; pictures are the same with 0, which shares nothing",
+    )
 
 
 class Mlflow(_Section):

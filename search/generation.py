@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from ..evaluators import Prompt
 from ..policies import BlockPolicy, apply_policy
 from .config import ConfigError, Generation
+from .prefixes import Prefixes
 
 # What `encode_prompt` of a pipeline class returns, by the name under which its call takes it; None is not taken.
 _ENCODED: dict[str, tuple[str | None, ...]] = {
@@ -107,11 +108,13 @@ def generate(
     generation: Generation,
     steps: int,
     policy: BlockPolicy | None = None,
+    prefixes: Prefixes | None = None,
 ) -> np.ndarray:
     """Pictures of `prompts`, whose `rows` `embed` made, each from its own seed: uint8 `(n, height, width, 3)`.
 
     Noise is drawn on the CPU per picture, so a picture does not depend on the device or on its neighbours but for
-    rounding. Raises BrokenPicture for pixels that are not finite.
+    rounding. With `prefixes`, steps that earlier runs of this pipeline took alike are not computed again. Raises
+    BrokenPicture for pixels that are not finite.
     """
     parts = []
     for start in range(0, len(prompts), generation.batch):
@@ -122,7 +125,9 @@ def generate(
             "output_type": "pt", "max_sequence_length": generation.max_sequence_length,
         }  # fmt: skip
         arguments |= some(rows, part) | _guidance(pipe, generation)
-        with apply_policy(pipe, policy) if policy is not None and policy.rules else nullcontext():
+        applied = apply_policy(pipe, policy) if policy is not None and policy.rules else nullcontext()
+        run = (steps, tuple(prompts[part]))
+        with applied, prefixes.shared(pipe, policy, run) if prefixes else nullcontext():
             pixels = pipe(**_accepted(pipe.__call__, arguments)).images
         if not torch.isfinite(pixels).all():
             raise BrokenPicture("the pipeline returned pixels that are NaN or infinite")

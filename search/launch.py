@@ -75,6 +75,7 @@ def launch(
                 "search": f"{study.finished()} trials of {config.prompts.search_images} pictures",
                 "sampler": f"{config.search.sampler}, seed {config.search.seed}",
                 "time": f"{time.monotonic() - started:.0f} s in this process",
+                "shared": f"{100 * study.spent()['steps_saved']:.0f} % of the denoising steps of its candidates",
                 "hypervolume": f"{study.standing()['hypervolume']:.3f}",
             }
             write_report(run, facts)

@@ -173,7 +173,7 @@ class Study:
         known = self._known[chosen.key]
         trial.set_user_attr("same_as", known.number)
         trial.set_constraint("insane_pictures", known.constraints["insane_pictures"])
-        unspent = {"generate_seconds": 0.0, "score_seconds": 0.0}
+        unspent = {"generate_seconds": 0.0, "score_seconds": 0.0, "steps_saved": 1.0}
         self._attributes(trial, chosen, metrics=known.user_attrs["metrics"] | unspent)
         self._close(trial)
         self._after(trial.number, chosen, 0, 0.0)
@@ -219,6 +219,7 @@ class Study:
             "speedup": self.baseline.latency / latency,
             "generate_seconds": measured.generate_seconds,
             "score_seconds": measured.score_seconds,
+            "steps_saved": measured.steps_saved,
         }
         self.run.write_scores(f"trial-{trial.number:04d}", self.prompts, measured.scores)
         before = self.run.read_scores("unmodified")["sane"].to_numpy()
@@ -244,11 +245,15 @@ class Study:
         }
 
     def spent(self) -> dict[str, float]:
-        """Pictures made and seconds of workers in the trials that were measured; those of GPUs where there are."""
+        """Pictures made and seconds of workers in the trials that were measured; those of GPUs where there are.
+
+        `steps_saved` is the share of their denoising steps that earlier candidates had taken alike.
+        """
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         measured = [t.user_attrs["metrics"] for t in trials if "same_as" not in t.user_attrs]
         seconds = sum(m["generate_seconds"] + m["score_seconds"] for m in measured)
         spent = {"images": float(len(measured) * len(self.prompts)), "worker_seconds": seconds}
+        spent |= {"steps_saved": sum(m["steps_saved"] for m in measured) / max(1, len(measured))}
         return spent | ({"gpu_seconds": seconds * self.pool.gpus} if self.pool.gpus else {})
 
     def _after(self, number: int, chosen: Candidate, images: int, seconds: float) -> None:

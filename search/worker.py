@@ -14,6 +14,7 @@ from ..policies import BlockPolicy
 from ..policies.policy import ModelIdentity
 from .config import Config
 from .generation import Rows, device_name, embed, generate, load, some
+from .prefixes import Prefixes
 from .prompts import read_prompts
 
 
@@ -25,6 +26,7 @@ class Measurement:
     images: np.ndarray
     generate_seconds: float
     score_seconds: float
+    steps_saved: float  # share of the denoising steps that were known from earlier candidates
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Worker:
             self.dtype = "bfloat16" if self.device == "cuda" else self._faster_dtype()
         self.pipe = load(config.model.path, self.device, getattr(torch, self.dtype))
         self._splits: dict[str, tuple[tuple[Prompt, ...], Rows]] = {}
+        self._prefixes: dict[str, Prefixes] = {}  # of the split that was measured last
 
     def _faster_dtype(self) -> str:
         """bfloat16 pays only on CPUs that multiply it natively, so both are timed on two steps of one batch."""
@@ -98,9 +101,14 @@ class Worker:
         """
         prompts, rows = self._split(split)
         prompts, rows = prompts[:count], some(rows, slice(count))
+        if split not in self._prefixes:
+            self._prefixes = {split: Prefixes(self.config.ray.prefix_gib)}
+        prefixes = self._prefixes[split]
+        taken, given = prefixes.steps, prefixes.given
         begin = time.perf_counter()
-        images = generate(self.pipe, prompts, rows, self.config.generation, steps, policy)
+        images = generate(self.pipe, prompts, rows, self.config.generation, steps, policy, prefixes)
         made = time.perf_counter()
+        saved = (prefixes.given - given) / (prefixes.steps - taken) if prefixes.steps > taken else 0.0
         objectives, scores = self.config.objectives, {}
         for name in dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane")):
             evaluator = get(name)
@@ -108,7 +116,7 @@ class Worker:
             scores[name] = evaluator.score(
                 images, [p.text for p in prompts], compared if evaluator.needs_reference else None
             )
-        return Measurement(scores, images, made - begin, time.perf_counter() - made)
+        return Measurement(scores, images, made - begin, time.perf_counter() - made, saved)
 
     def _batch(self, split: str) -> tuple[tuple[Prompt, ...], Rows]:
         prompts, rows = self._split(split)

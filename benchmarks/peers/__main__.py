@@ -1,0 +1,250 @@
+"""blocktune beside its peers: python -m benchmarks.peers [--device cuda] [--size full|tiny] [--run DIR] [--out DIR]
+
+One model, the same prompts, seeds, dtype and device, in one process: fewer steps, FORA, first-block cache, TaylorSeer,
+MagCache, DBCache, BudCache's step masks, ECAD's evolution, TexTailor's louder text with random sets beside it, and
+blocktune. Methods that search do so on the search prompts, those with a budget on equal numbers of pictures; every
+setting is then scored on held-out prompts with other seeds, and all are timed in turn. Compared is at equal measured
+seconds. A sweep's best is picked on the held-out prompts themselves, for every method alike, and so flatters all.
+
+`--run` takes the policies of a finished search in place of a search in this process. What was measured stays in the
+folder, so the same command goes on after an interruption.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from blocktune.evaluators import Interval, get, paired_interval, scale_of
+from blocktune.policies import BlockPolicy, Reuse, Rule
+from blocktune.search.config import load_config
+from blocktune.search.front import Point, hypervolume
+
+from ..searching import searched
+from ..workbench import Way, Workbench
+from . import caches
+from .picture import draw
+from .searches import evolved, louder, step_mask
+
+RESULTS = Path(__file__).parents[1] / "results" / "peers"
+PLAIN = "unmodified"
+SLACK = 0.02  # so much more time counts as equal: timing is no better
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    steps: int | None  # the config's where None
+    batch: int
+    search_pictures: int
+    candidates: int  # of each method that searches with a budget
+    confirm_pictures: int
+    mask_rounds: int
+    mask_pictures: int
+    random_sets: int
+    timed_rounds: int
+
+
+SIZES = {
+    "full": Size(None, 96, 96, 150, 384, 100, 8, 20, 3),
+    "tiny": Size(6, 4, 4, 8, 8, 4, 2, 3, 1),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A way on held-out prompts, against the unmodified model picture by picture."""
+
+    way: Way
+    point: Point
+    alignment: Interval
+    quality: Interval
+    speedup: float
+
+
+def ways_of(bench: Workbench, size: Size, run: Path | None) -> list[Way]:
+    """Every setting of every method."""
+    steps, blocks = bench.steps, tuple(range(bench.model.num_blocks))
+    ways = [Way(PLAIN, PLAIN, steps)]
+    fewer = dict.fromkeys(round(steps * share) for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+    ways += [Way("fewer steps", f"{n} steps", n) for n in fewer]
+    for every in (2, 3, 4, 5):
+        policy = BlockPolicy(
+            name=f"every {every}", model=bench.model, rules=(Rule(blocks=blocks, action=Reuse(every=every)),)
+        )
+        ways.append(Way("FORA", f"every {every}", steps, policy))
+    ways += caches.ways(bench)
+    bench.say("annealing step masks")
+    budgets = sorted({round(steps * share) for share in (0.3, 0.4, 0.5, 0.6, 0.7)})
+    ways += [step_mask(bench, n, size.mask_rounds, size.mask_pictures) for n in budgets]
+    bench.say("evolving reuse")
+    ways += evolved(bench, size.candidates, size.search_pictures)
+    bench.say("probing louder text")
+    for operand in ("input", "value"):
+        ways += louder(bench, operand, size.search_pictures, size.random_sets)
+    if run:
+        paths = sorted((run / "policies").glob("*.json"))
+        policies = {p.digest: p for p in map(BlockPolicy.load, paths)}.values()
+        ways += [Way("blocktune", p.name, (p.tuned_for or {}).get("num_inference_steps", steps), p) for p in policies]
+    else:
+        bench.say("searching")
+        ways += searched(bench, size.candidates, size.search_pictures, count=10)
+    return list({(way.method, way.key): way for way in ways}.values())
+
+
+def measure(bench: Workbench, ways: list[Way], size: Size) -> list[Result]:
+    """All ways on the held-out prompts, and timed; random sets are the unmodified model in time."""
+    count = size.confirm_pictures
+    for number, way in enumerate(ways):
+        bench.scores(way, "confirm", count)
+        if number % 10 == 9 or number == len(ways) - 1:
+            bench.say(f"held out: {number + 1} of {len(ways)} settings")
+    timed = [way for way in ways if way.method != "random sets"]
+    bench.say(f"timing {len(timed)} settings in turn")
+    seconds = dict(zip([way.key for way in timed], bench.seconds(timed, size.timed_rounds), strict=True))
+    plain = ways[0]
+    assert plain.method == PLAIN
+    prompts = [p.text for p in bench.prompts["confirm"][:count]]
+    before = bench.scores(plain, "confirm", count)
+
+    def interval(way: Way, name: str) -> Interval:
+        after = bench.scores(way, "confirm", count)[name]
+        return paired_interval(after, before[name], groups=prompts, scale=scale_of(get(name)))
+
+    results = []
+    for way in ways:
+        taken = seconds.get(way.key, seconds[plain.key])
+        point = bench.point(way, taken, "confirm", count)
+        told = (interval(way, name) for name in bench.objectives)
+        results.append(Result(way, point, *told, seconds[plain.key] / taken))
+    return results
+
+
+def standings(results: list[Result]) -> list[dict[str, Any]]:
+    """Per method: the hypervolume of its own sweep, its largest speed-up at no loss, its best alignment at no loss."""
+    baseline = results[0].point
+    rows = []
+    for method in dict.fromkeys(r.way.method for r in results[1:] if r.way.method != "random sets"):
+        own = [r for r in results if r.way.method == method]
+        kept = [r.speedup for r in own if r.alignment.delta >= -0.005 * r.alignment.scale]
+        louder = [r.alignment for r in own if r.speedup >= 1 - SLACK]
+        rows.append(
+            {
+                "method": method,
+                "settings": len(own),
+                "hypervolume": hypervolume([r.point for r in own], baseline),
+                "speedup": max(kept, default=1.0),
+                "alignment": max((i.delta / i.scale * 100 for i in louder), default=0.0),
+            }
+        )
+    return rows
+
+
+def bars(results: list[Result], rows: list[dict[str, Any]]) -> list[str]:
+    """What blocktune set out to reach, and by how much it is met or missed."""
+    ours = next(row for row in rows if row["method"] == "blocktune")
+    peers = [row for row in rows if row is not ours]
+    told = []
+
+    def bar(what: str, reached: float, wanted: float) -> None:
+        verdict = "met" if reached >= wanted else f"MISSED by {wanted - reached:.2f}"
+        told.append(f"{what}: {reached:.2f}, wanted {wanted:.2f}: {verdict}")
+
+    for key, what, wanted in (
+        ("hypervolume", "held-out hypervolume over the best peer's", 1.2),
+        ("speedup", "speed-up at no more than 0.5 points of alignment lost, over the best peer's", 1.25),
+    ):
+        best = max(peers, key=lambda row: row[key])
+        bar(f"{what} ({best['method']}, {best[key]:.2f})", ours[key] / best[key] if best[key] else np.inf, wanted)
+    free = [r for r in results if r.way.method == "blocktune" and r.speedup >= 1 - SLACK]
+    if not free:
+        return [*told, "alignment at no loss of speed: MISSED, no policy is as fast as the unmodified model"]
+    best_gain = max(free, key=lambda r: r.alignment.delta)
+    points = 100 / best_gain.alignment.scale
+    bar(f"alignment at no loss of speed, points ({best_gain.way.name})", best_gain.alignment.delta * points, 4.0)
+    bar("  lower end of its interval", best_gain.alignment.low * points, 0.0)
+    random = [r.alignment.delta * points for r in results if r.way.method == "random sets"]
+    bar(f"  against {len(random)} random sets", best_gain.alignment.delta * points, float(np.percentile(random, 95)))
+    return told
+
+
+def at_equal_seconds(bench: Workbench, results: list[Result], count: int) -> list[dict[str, Any]]:
+    """Each policy of blocktune beside the best aligned peer that takes its seconds or fewer."""
+    prompts = [p.text for p in bench.prompts["confirm"][:count]]
+    rows = []
+    for ours in (r for r in results if r.way.method == "blocktune"):
+        allowed = [
+            r
+            for r in results
+            if r.way.method not in ("blocktune", "random sets") and r.point.latency <= (1 + SLACK) * ours.point.latency
+        ]
+        if not allowed:
+            continue
+        peer = max(allowed, key=lambda r: r.alignment.delta)
+        mine, other = (bench.scores(r.way, "confirm", count) for r in (ours, peer))
+        alignment, quality = (
+            paired_interval(mine[n], other[n], groups=prompts, scale=scale_of(get(n))).points for n in bench.objectives
+        )
+        beside = f"{peer.way.method} {peer.way.name}".strip()
+        rows.append(
+            {"policy": ours.way.name, "speedup": ours.speedup, "peer": beside, "peer_speedup": peer.speedup,
+             "alignment": alignment, "quality": quality}
+        )  # fmt: skip
+    return sorted(rows, key=lambda row: -row["speedup"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument(
+        "--config", type=Path, help="of a search: model, sampling, prompts, objectives, space; that of --run"
+    )
+    parser.add_argument("--run", type=Path, help="folder of a finished search whose policies stand for blocktune")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    size = SIZES[args.size]
+    overrides = [
+        f"generation.batch={size.batch}",
+        f"prompts.search_images={size.search_pictures}", f"prompts.confirm_images={size.confirm_pictures}",
+        *([f"generation.num_inference_steps={size.steps}"] if size.steps else []),
+    ]  # fmt: skip
+    config = args.config or (args.run / "config.yaml" if args.run else None)
+    bench = Workbench(load_config(config, overrides), args.out, args.device)
+    bench.say(", ".join(f"{key} {value}" for key, value in bench.circumstances.items()))
+    results = measure(bench, ways_of(bench, size, args.run), size)
+    rows = standings(results)
+    told = bars(results, rows)
+    matched = at_equal_seconds(bench, results, size.confirm_pictures)
+    show("\n{:<20} {:>8} {:>12} {:>9} {:>10}", ["method", "settings", "hypervolume", "speed-up", "alignment"])
+    for row in rows:
+        show("{:<20} {:>8} {:>12.3f} {:>8.2f}x {:>+10.1f}", row.values())
+    print("speed-up: with at most 0.5 points of alignment lost; alignment: points, at no loss of speed\n")
+    for row in matched:
+        show("{:<16} {:.2f}x against {} {:.2f}x: alignment {}, quality {}", row.values())
+    print("", *told, sep="\n", flush=True)
+    bench.write("peers.json", {
+        **bench.circumstances, "size": args.size, "pictures": size.confirm_pictures, "bars": told, "methods": rows,
+        "at_equal_seconds": matched, "settings": [
+            {"method": r.way.method, "name": r.way.name, "seconds": r.point.latency, "speedup": r.speedup,
+             "alignment": r.alignment.points, "quality": r.quality.points}
+            for r in results
+        ],
+    })  # fmt: skip
+    draw(
+        [(r.way.method, r.speedup, r.alignment.delta / r.alignment.scale * 100) for r in results[1:]],
+        args.out / "peers.png",
+    )
+
+
+def show(form: str, values: Any) -> None:
+    tell: Callable[..., str] = form.format
+    print(tell(*values), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""One resident pipeline that makes, scores and times pictures, for benchmarks that compare ways of making them.
+
+What was measured lies in a folder under the name of the way, so a benchmark that was cut short goes on there.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from blocktune.evaluators import CostTable, get, measure_cost_table
+from blocktune.policies import BlockPolicy, ModelIdentity
+from blocktune.search.config import Config
+from blocktune.search.front import Point
+from blocktune.search.generation import device_name, embed, generate, load, some
+from blocktune.search.prefixes import Prefixes
+from blocktune.search.prompts import read_prompts
+
+
+@dataclass(frozen=True)
+class Way:
+    """How pictures are made: by the model in so many steps, under a policy, or with a cache of a peer."""
+
+    method: str
+    name: str
+    steps: int
+    policy: BlockPolicy | None = None
+    cache: Callable[[Any], AbstractContextManager[Any]] | None = None  # takes the pipeline
+
+    @property
+    def key(self) -> str:
+        """The same for ways that make the same pictures; a cache is told by its name."""
+        told = "plain"
+        if self.cache:
+            told = f"{self.method} {self.name}"
+        elif self.policy and self.policy.rules:
+            told = self.policy.digest[:24]
+        return f"{told}-{self.steps}".replace(" ", "_").replace("/", "_")
+
+
+class Workbench:
+    """Everything is made on one device in one dtype, from the prompts, seeds and settings of one config."""
+
+    def __init__(self, config: Config, out: Path, device: str) -> None:
+        self.config, self.out, self.device = config, out, device
+        dtype = torch.bfloat16 if device == "cuda" or config.model.dtype == "bfloat16" else torch.float32
+        self.pipe = load(config.model.path, device, dtype)
+        self.model = ModelIdentity.of(self.pipe)
+        self.steps = config.generation.num_inference_steps
+        self.prompts = {split: read_prompts(config, split) for split in ("search", "confirm")}
+        self.rows = {s: embed(self.pipe, [p.text for p in of], config.generation) for s, of in self.prompts.items()}
+        self.objectives = (config.objectives.alignment, config.objectives.quality)
+        self._prefixes = {split: Prefixes(config.ray.prefix_gib) for split in self.prompts}
+        self._known: dict[str, dict[str, np.ndarray]] = {}
+        self._started = time.monotonic()
+        (out / "scores").mkdir(parents=True, exist_ok=True)
+
+    @property
+    def circumstances(self) -> dict[str, Any]:
+        dtype = str(self.pipe.dtype).removeprefix("torch.")
+        return {"device": device_name(self.device), "dtype": dtype, "torch": torch.__version__, "steps": self.steps}
+
+    def say(self, line: str) -> None:
+        print(f"{time.monotonic() - self._started:6.0f} s  {line}", flush=True)
+
+    def scores(self, way: Way, split: str, count: int | None = None) -> dict[str, np.ndarray]:
+        """Alignment and quality `(n,)` per picture of the split, or of its first `count`; measured only once."""
+        prompts = self.prompts[split][:count]
+        name = f"{split}-{len(prompts)}-{way.key}"
+        path = self.out / "scores" / f"{name}.npz"
+        if name not in self._known and path.exists():
+            with np.load(path) as stored:
+                self._known[name] = dict(stored)
+        if name not in self._known:
+            images = self.pictures(way, split, len(prompts))
+            texts = [p.text for p in prompts]
+            self._known[name] = {objective: get(objective).score(images, texts) for objective in self.objectives}
+            beside = path.with_suffix(".new.npz")
+            np.savez(beside, **self._known[name])
+            beside.replace(path)
+        return self._known[name]
+
+    def pictures(self, way: Way, split: str, count: int) -> np.ndarray:
+        """uint8 `(count, height, width, 3)`."""
+        with way.cache(self.pipe) if way.cache else nullcontext():
+            return generate(
+                self.pipe, self.prompts[split][:count], some(self.rows[split], slice(count)), self.config.generation,
+                way.steps, way.policy, None if way.cache else self._prefixes[split],
+            )  # fmt: skip
+
+    def seconds(self, ways: Sequence[Way], rounds: int) -> list[float]:
+        """Measured seconds of one batch under each way: medians over rounds in which each has its turn."""
+        batch = self.config.generation.batch
+        prompts, rows = self.prompts["confirm"][:batch], some(self.rows["confirm"], slice(batch))
+        taken: list[list[float]] = [[] for _ in ways]
+        for number in range(rounds + 1):  # the first is not counted
+            for way, seconds in zip(ways, taken, strict=True):
+                with way.cache(self.pipe) if way.cache else nullcontext():
+                    self._synchronize()
+                    begin = time.perf_counter()
+                    generate(self.pipe, prompts, rows, self.config.generation, way.steps, way.policy)
+                    self._synchronize()
+                if number:
+                    seconds.append(time.perf_counter() - begin)
+        return [float(np.median(seconds)) for seconds in taken]
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def costs(self) -> CostTable:
+        """The cost table of one batch, by which a search predicts latency."""
+        path = self.out / "cost_table.json"
+        if not path.exists():
+            batch = self.config.generation.batch
+            prompts, rows = self.prompts["search"][:batch], some(self.rows["search"], slice(batch))
+            table = measure_cost_table(
+                self.pipe, lambda: generate(self.pipe, prompts, rows, self.config.generation, self.steps), repeats=3
+            )
+            path.write_text(table.model_dump_json(indent=2) + "\n")
+        return CostTable.model_validate_json(path.read_text())
+
+    def point(self, way: Way, latency: float, split: str, count: int | None = None) -> Point:
+        alignment, quality = (float(self.scores(way, split, count)[name].mean()) for name in self.objectives)
+        return Point(way.name, alignment, quality, latency, way.key, way.steps)
+
+    def write(self, name: str, value: Any) -> None:
+        (self.out / name).write_text(json.dumps(value, indent=2) + "\n")

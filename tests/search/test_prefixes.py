@@ -1,0 +1,145 @@
+"""Pictures are the same to the last bit whether runs share their beginnings or not."""
+
+import numpy as np
+import pytest
+import torch
+from blocktune.evaluators import Prompt
+from blocktune.policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
+from blocktune.search.config import Generation
+from blocktune.search.generation import embed, generate
+from blocktune.search.prefixes import Prefixes
+from diffusers import FlowMatchHeunDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ..policies.pipelines import flux_pipeline, qwen_image_pipeline
+
+PROMPTS = [Prompt("a red cat", "", 3), Prompt("a dog", "", 4), Prompt("a", "", 5)]
+STEPS = 8
+GENEROUS = 1.0
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux", "qwen"])
+def maker(request, tiny_sd3_pipeline):
+    """`make(rules, prefixes)`: pixels and latents of three pictures in two batches.
+
+    Guided, in one call of the transformer (SD3) or in two (Qwen-Image).
+    """
+    pipe = {"sd3": tiny_sd3_pipeline, "flux": flux_pipeline, "qwen": qwen_image_pipeline}[request.param]()
+    generation = Generation(guidance_scale=4.0, batch=2, height=16, width=16, max_sequence_length=16)
+    rows = embed(pipe, [p.text for p in PROMPTS], generation)
+    latents = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda z, *args, **kwargs: (latents.append(z.clone()), decode(z, *args, **kwargs))[1]
+
+    def make(rules=(), prefixes=None, steps=STEPS, prompts=PROMPTS):
+        policy = BlockPolicy.for_model(pipe, "one", list(rules)) if rules else None
+        latents.clear()
+        images = generate(pipe, prompts, rows, generation, steps, policy, prefixes)
+        return images, torch.cat(latents)
+
+    make.pipe = pipe
+    return make
+
+
+def late(action, start, block=1):
+    return Rule(blocks=[block], window=(start, 1.0), action=action)
+
+
+def check(make, prefixes, rules=(), **kwargs):
+    """The share of steps that were given, the pictures being right."""
+    taken, known = prefixes.steps, prefixes.given
+    images, latents = make(rules, prefixes, **kwargs)
+    alone, alone_latents = make(rules, **kwargs)
+    assert np.array_equal(images, alone)
+    assert torch.equal(latents, alone_latents)
+    return (prefixes.given - known) / (prefixes.steps - taken)
+
+
+def test_a_policy_begins_where_it_first_acts(maker):
+    prefixes = Prefixes(GENEROUS)
+    assert check(maker, prefixes) == 0
+    assert check(maker, prefixes) == 1
+    assert check(maker, prefixes, [late(Skip(), 0.5)]) == 4 / 8
+    # the step before the window keeps the residual, so it has to run
+    assert check(maker, prefixes, [late(Reuse(every=2), 0.5)]) == 3 / 8
+    assert check(maker, prefixes, [late(Skip(), 0.0)]) == 0
+    assert check(maker, prefixes, [late(Reuse(every=3), 0.0)]) == 0
+    assert check(maker, prefixes, steps=6) == 0  # another schedule
+    assert check(maker, prefixes, prompts=PROMPTS[::-1]) == 0  # other pictures
+
+
+def test_two_policies_share_what_they_both_do(maker):
+    prefixes = Prefixes(GENEROUS)
+    louder = Rule(blocks=[0], action=ScaleText(operand="value", scale=1.5))
+    check(maker, prefixes, [louder, late(Skip(), 0.75)])
+    assert check(maker, prefixes, [louder, late(Skip(), 0.5)]) == 4 / 8
+    assert check(maker, prefixes, [louder, late(Skip(), 0.75)]) == 1
+    quieter = Rule(blocks=[0], action=ScaleText(operand="value", scale=1.4))
+    assert check(maker, prefixes, [quieter, late(Skip(), 0.75)]) == 0
+
+
+def test_reuse_is_taken_up_only_where_nothing_is_held(maker):
+    """Residuals of block 1 are held over steps 3, of every 3: the two policies part while they are."""
+    prefixes = Prefixes(GENEROUS)
+    check(maker, prefixes, [late(Reuse(every=3), 0.25)])
+    both = [late(Reuse(every=3), 0.25), late(Skip(), 0.5, block=2)]
+    assert (
+        check(maker, prefixes, both) == 4 / 8
+    )  # of steps 1 to 3 the residual of step 1 is reused, from 4 on it is not
+
+
+rules = st.builds(
+    lambda block, action, start: late(action, start, block),
+    st.integers(0, 2),
+    st.sampled_from([Skip(), Reuse(every=2), Reuse(every=3), Reuse(), ScaleText(operand="key", scale=1.5)]),
+    st.sampled_from([0.0, 0.25, 0.4, 0.6]),
+)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    policies=st.lists(st.lists(rules, max_size=3, unique_by=lambda r: r.blocks), min_size=2, max_size=3),
+    gib=st.sampled_from([GENEROUS, 20_000 / 2**30, 0.0]),
+)
+def test_any_order_of_policies_in_any_memory(maker, policies, gib):
+    prefixes = Prefixes(gib)
+    for one in policies:
+        check(maker, prefixes, one)
+        assert 0 <= prefixes.room <= gib * 2**30
+    assert gib or not prefixes.given
+
+
+@pytest.mark.parametrize("maker", ["sd3"], indirect=True)  # the others' schedules are not Heun's
+def test_a_scheduler_that_remembers(maker):
+    """Heun's second order steps from what it kept of the first: the schedulers run as ever."""
+    before = maker.pipe.scheduler
+    maker.pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(before.config)
+    try:
+        prefixes = Prefixes(GENEROUS)
+        check(maker, prefixes)
+        assert check(maker, prefixes, [late(Skip(), 0.5)]) > 0.4
+    finally:
+        maker.pipe.scheduler = before
+
+
+def test_a_run_that_fails_leaves_nothing(maker):
+    prefixes = Prefixes(GENEROUS)
+    torch_forward = maker.pipe.transformer.forward
+    calls = []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("out of memory")
+        return torch_forward(*args, **kwargs)
+
+    maker.pipe.transformer.forward = broken
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            maker((), prefixes)
+    finally:
+        del maker.pipe.transformer.forward
+    assert maker.pipe.transformer._compiled_call_impl is None
+    assert not prefixes.plain
+    assert check(maker, prefixes) == 0
