@@ -90,21 +90,28 @@ class Worker:
         )
 
     def measure(
-        self, policy: BlockPolicy, steps: int, split: str, reference: np.ndarray | None, count: int | None = None
+        self,
+        policy: BlockPolicy,
+        steps: int,
+        split: str,
+        reference: np.ndarray | None,
+        count: int | None = None,
+        start: int = 0,
     ) -> Measurement:
-        """The split's pictures, or the first `count`, under `policy`, scored.
+        """The split's pictures, or those from `start` to `count`, under `policy`, scored.
 
         `reference` are the unmodified model's pictures of the whole split.
         """
         prompts, rows = self._split(split)
-        prompts, rows = prompts[:count], some(rows, slice(count))
+        part = slice(start, count)
+        prompts, rows = prompts[part], some(rows, part)
         begin = time.perf_counter()
         images = generate(self.pipe, prompts, rows, self.config.generation, steps, policy)
         made = time.perf_counter()
         objectives, scores = self.config.objectives, {}
         for name in dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane")):
             evaluator = get(name)
-            compared = reference[:count] if reference is not None else images
+            compared = reference[part] if reference is not None else images
             scores[name] = evaluator.score(
                 images, [p.text for p in prompts], compared if evaluator.needs_reference else None
             )
