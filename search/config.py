@@ -147,6 +147,11 @@ class Ray(_Section):
         default=1, description="threads that share a picture wait for each other, and on a busy machine for others too"
     )
     gpus_per_worker: float | None = Field(default=None, description="1 where the cluster has GPUs when not given")
+    timeout_s: PositiveFloat | None = Field(
+        default=None,
+        description="seconds after which a worker is taken to hang, and replaced; when not given, a minute and 20 "
+        "times what the most pictures would have taken",
+    )
 
 
 class Mlflow(_Section):

@@ -160,6 +160,7 @@ class Study:
             if "same_as" not in trial.user_attrs:
                 scores = self.run.read_scores(f"trial-{trial.number:04d}")
                 self._race.finish(self._differences(scores), point_of(trial).latency)
+        self._allow(self.spent())
 
     def finished(self) -> int:
         """Trials that count: complete, or failed for a reason of their own and not by a kill."""
@@ -316,10 +317,18 @@ class Study:
         spent = {"images": float(images), "worker_seconds": seconds}
         return spent | ({"gpu_seconds": seconds * self.pool.gpus} if self.pool.gpus else {})
 
+    def _allow(self, spent: dict[str, float]) -> None:
+        """How long a worker may be silent, by what the largest job would have taken so far."""
+        if self.config.ray.timeout_s is None and spent["images"]:
+            most = max(len(read_prompts(self.config, split)) for split in ("search", "confirm"))
+            self.pool.limit = 60 + 20 * most * spent["worker_seconds"] / spent["images"]
+
     def _after(self, number: int, chosen: Candidate, images: int, seconds: float) -> None:
         standing, done = self.standing(), self.finished()
         self.study.set_user_attr("budget", self._budget.trial(done, standing.get("hypervolume", 0.0)))
-        self.tracker.progress(number, standing | self.spent())
+        spent = self.spent()
+        self._allow(spent)
+        self.tracker.progress(number, standing | spent)
         self.display.trials(done, self.config.search.trials, standing, images, seconds)
 
     def front(self) -> list[Point]:

@@ -3,7 +3,9 @@
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import ray
@@ -15,6 +17,8 @@ from ..policies.policy import ModelIdentity
 from .config import Config
 from .generation import Rows, device_name, embed, generate, load, some
 from .prompts import read_prompts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Worker:
 
     def __init__(self, config: Config, dtype: str | None = None):
         self.config = config
+        self.generation = config.generation  # its batch is halved where memory is short
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(min(config.ray.cpus_per_worker, os.cpu_count() or 1))
@@ -62,7 +67,7 @@ class Worker:
             self.pipe = load(self.config.model.path, self.device, getattr(torch, dtype))
             self._splits = {}
             prompts, rows = self._batch("search")
-            run = lambda p=prompts, r=rows: generate(self.pipe, p, r, self.config.generation, 2)  # noqa: E731
+            run = lambda p=prompts, r=rows: generate(self.pipe, p, r, self.generation, 2)  # noqa: E731
             seconds[dtype] = time_runs(run, repeats=3)
         return min(seconds, key=seconds.__getitem__)
 
@@ -106,7 +111,7 @@ class Worker:
         part = slice(start, count)
         prompts, rows = prompts[part], some(rows, part)
         begin = time.perf_counter()
-        images = generate(self.pipe, prompts, rows, self.config.generation, steps, policy)
+        images = self._fitting(lambda: generate(self.pipe, prompts, rows, self.generation, steps, policy))
         made = time.perf_counter()
         objectives, scores = self.config.objectives, {}
         for name in dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane")):
@@ -117,25 +122,37 @@ class Worker:
             )
         return Measurement(scores, images, made - begin, time.perf_counter() - made)
 
+    def _fitting(self, run: Callable[[], T]) -> T:
+        """What `run` returns, tried with half the batch, which then stays, as often as the device's memory is short."""
+        while True:
+            try:
+                return run()
+            except torch.OutOfMemoryError:
+                if self.generation.batch == 1:
+                    raise
+            self.generation = self.generation.model_copy(update={"batch": self.generation.batch // 2})
+            torch.cuda.empty_cache()
+
     def _batch(self, split: str) -> tuple[tuple[Prompt, ...], Rows]:
         prompts, rows = self._split(split)
-        first = slice(self.config.generation.batch)
+        first = slice(self.generation.batch)
         return prompts[first], some(rows, first)
 
     def cost_table(self) -> CostTable:
         """Seconds of every part of a run of one batch; the device must be quiet."""
-        prompts, rows = self._batch("search")
-        steps = self.config.generation.num_inference_steps
-        return measure_cost_table(
-            self.pipe, lambda: generate(self.pipe, prompts, rows, self.config.generation, steps), repeats=3
-        )
+        steps = self.generation.num_inference_steps
+        run = lambda: generate(self.pipe, *self._batch("search"), self.generation, steps)  # noqa: E731
+        return self._fitting(lambda: measure_cost_table(self.pipe, run, repeats=3))
 
     def time(self, candidates: list[tuple[BlockPolicy, int]], repeats: int) -> list[float]:
         """Measured seconds of one batch under each (policy, steps), taken in turn so that drift hits all alike."""
+        return self._fitting(lambda: self._time(candidates, repeats))  # all of them at one batch
+
+    def _time(self, candidates: list[tuple[BlockPolicy, int]], repeats: int) -> list[float]:
         prompts, rows = self._batch("confirm")
         seconds: list[list[float]] = [[] for _ in candidates]
         for repeat in range(repeats):
             for i, (policy, steps) in enumerate(candidates):
-                run = lambda p=policy, s=steps: generate(self.pipe, prompts, rows, self.config.generation, s, p)  # noqa: E731
+                run = lambda p=policy, s=steps: generate(self.pipe, prompts, rows, self.generation, s, p)  # noqa: E731
                 seconds[i].append(time_runs(run, repeats=1, warmup=int(repeat == i == 0)))
         return [float(np.median(s)) for s in seconds]
