@@ -29,10 +29,10 @@ def _of_run(files: RunFiles) -> dict[str, Any]:
     config = files.config()
     record, confirmed = confirmed_of(files)
     trials, described = study_of(files, config)
-    feasible = [t for t in trials if t.complete and t.feasible]
+    feasible = [t for t in trials if t.complete and t.feasible]  # dropped ones too: their pictures were drawn
     baseline = next((point(t) for t in trials if t.complete and t.attributes.get("anchor") == "unmodified"), None)
     front, history = _history(feasible, baseline, config.prompts.search_images)
-    state = _state(trials, config, bool(confirmed))
+    state = _state(trials, config, bool(confirmed), bool(described.get("ended")))
     return {
         "name": config.name,
         "state": state,
@@ -81,10 +81,10 @@ def _finished(trials: list[Trial]) -> int:
     return sum(t.complete or (t.state == "FAIL" and "reason" in t.attributes) for t in trials)
 
 
-def _state(trials: list[Trial], config: Config, confirmed: bool) -> str:
+def _state(trials: list[Trial], config: Config, confirmed: bool, ended: bool) -> str:
     if not trials:
         return "starting"
-    if _finished(trials) < config.search.trials:
+    if _finished(trials) < config.search.trials and not ended:
         return "searching"
     return "finished" if confirmed else "confirming"
 
@@ -149,8 +149,8 @@ def _history(feasible: list[Trial], baseline: Point | None, images: int) -> tupl
         if "same_as" in trial.attributes:
             continue
         new = point(trial)
-        spent += images
-        if not any(_matches(p, new) for p in front):
+        spent += trial.attributes.get("images", images)
+        if "dropped" not in trial.attributes and not any(_matches(p, new) for p in front):
             front = [p for p in front if not _matches(new, p)] + [new]
             volume = hypervolume(front, baseline) if baseline else 0.0
         history["images"].append(spent)

@@ -58,7 +58,8 @@ def search(
         typer.echo(f"{run.path} holds this search, finished; nothing was left to do.\n")
         _tell(run)
         more = 2 * settings.search.trials
-        typer.echo(f"\nadd trials with --resume --set search.trials={more}, start anew with --out another/place")
+        typer.echo(f"\nit ended at {run.read_state()['ended']}; go on by raising that limit,")
+        typer.echo(f"as with --resume --set search.trials={more}, or start anew with --out another/place")
     else:
         _search(settings, run.path, resume, confirm_only=False)
 
@@ -187,12 +188,12 @@ def front(
 
     from .config import ConfigError
     from .front import non_dominated
-    from .storage import point_of
+    from .storage import point_of, stands
 
     if format_ not in ("table", "json", "csv"):
         raise ConfigError(f"--format is {format_!r}; accepted: table, json, csv.")
     trials, _, _ = _trials(run)
-    complete = [t for t in trials if t.values is not None and all(v <= 0 for v in t.constraints.values())]
+    complete = [t for t in trials if t.values is not None and stands(t)]
     rows = [
         {"name": p.name, "alignment": p.alignment, "quality": p.quality, "latency": p.latency, "steps": p.steps}
         for p in non_dominated([point_of(t) for t in complete])

@@ -111,9 +111,24 @@ class Probe(_Section):
 
 
 class Search(_Section):
-    trials: PositiveInt = 44
+    trials: PositiveInt = Field(default=44, description="the search ends with so many, or at the first limit below")
+    max_images: PositiveInt | None = Field(
+        default=None, description="pictures drawn for candidates; what runs by then is brought to its end"
+    )
+    max_minutes: PositiveFloat | None = Field(
+        default=None, description="of searching, over all resumes, confirm not counted"
+    )
+    patience: PositiveInt | None = Field(
+        default=None, description="trials in a row that may pass without 1 % more hypervolume"
+    )
     sampler: Literal["tpe", "gp", "nsgaii", "random"] = "tpe"
     seed: int = 0
+    racing: bool = Field(
+        default=True,
+        description="a candidate starts on few pictures and gets more while it may still add to the front; false: all "
+        "pictures for each",
+    )
+    first_images: PositiveInt = Field(default=12, description="pictures that a candidate starts on in the race")
     storage: str | None = Field(
         default=None, description="any Optuna storage URL; SQLite in the run directory when not given"
     )
@@ -145,6 +160,11 @@ class Ray(_Section):
         default=2.0,
         description="main memory in which a worker keeps what the transformer returned, so that candidates which begin "
         "alike share their first steps; pictures are the same with 0, which shares nothing",
+    )
+    timeout_s: PositiveFloat | None = Field(
+        default=None,
+        description="seconds after which a worker is taken to hang, and replaced; when not given, a minute and 20 "
+        "times what the most pictures would have taken",
     )
 
 

@@ -72,7 +72,8 @@ def launch(
                 "device": f"{described.device}, {described.dtype}",
                 "workers": f"{pool.size} on {len(set(pool.nodes))} node(s)",
                 "versions": ", ".join(f"{k} {v}" for k, v in described.versions.items()),
-                "search": f"{study.finished()} trials of {config.prompts.search_images} pictures",
+                "search": _told(study),
+                "ended by": study.ended or "not ended",
                 "sampler": f"{config.search.sampler}, seed {config.search.seed}",
                 "time": f"{time.monotonic() - started:.0f} s in this process",
                 "shared": f"{100 * study.spent()['steps_saved']:.0f} % of the denoising steps of its candidates",
@@ -83,11 +84,12 @@ def launch(
             files = [run.front, run.compare, run.report, run.page, run.confirmed, run.config]
             files += run.policies.glob("*.json")
             picks = {name: run.policies / f"{name}.json" for c in confirmed for name in c.picks}
-            tracker.finish("FINISHED", files, {"front": study.front_table()}, picks)
+            ended = {"ended": study.ended} if study.ended else {}
+            tracker.finish("FINISHED", files, {"front": study.front_table()}, picks, ended)
             state |= {"mlflow_run_id": tracker.run_id}
             run.write_json(run.state, state)
-            if study.finished() >= config.search.trials:
-                run.write_json(run.state, state | {"finished": config.model_dump(mode="json")})
+            if ended:
+                run.write_json(run.state, state | {"finished": config.model_dump(mode="json")} | ended)
         except BaseException as error:
             if tracker:
                 tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -99,6 +101,14 @@ def launch(
                 tracker.close()
             run.release()
     return run
+
+
+def _told(study: Study) -> str:
+    """How much was searched, and how much of it the race spared."""
+    trials, images = study.finished(), study.config.prompts.search_images
+    dropped = sum("dropped" in t.user_attrs for t in study.study.get_trials(deepcopy=False))
+    drawn = f"{study.spent()['images']:.0f} pictures drawn"
+    return f"{trials} trials of {images} pictures, {dropped} dropped on fewer, {drawn}"
 
 
 def _grids(run: RunDirectory, study: Study, confirmed: list[Confirmed]) -> None:

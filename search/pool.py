@@ -1,7 +1,9 @@
 """Ray actors, each with a resident pipeline: start them, hand them work, replace those that die."""
 
 import logging
+import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +42,7 @@ class Pool:
 
     def __init__(self, config: Config, dtype: str | None = None):
         self.config = config
+        self.limit = config.ray.timeout_s  # seconds of a job; whoever knows how long pictures take may set it
         try:
             if config.ray.address:
                 ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -76,13 +79,16 @@ class Pool:
         self._actor = ray.remote(Worker).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
         )
+        began = time.monotonic()
         first = self._actor.remote(self.config, dtype)
         self.description: Description = self._described(first)  # settles the dtype for all
+        self._starting = time.monotonic() - began  # seconds
         rest = [self._actor.remote(self.config, self.description.dtype) for _ in range(count - 1)]
         self.nodes = [self.description.node] + [self._described(worker).node for worker in rest]
         self._workers = [first, *rest]  # by number; one that dies is replaced in its place
         self._idle = list(self._workers)
-        self._running: dict[Any, tuple[Any, Job]] = {}
+        self._running: dict[Any, tuple[Any, Job, float]] = {}  # until when it may take
+        self._new: set[Any] = {first, *rest}  # those that still load, the pipeline or their evaluators
 
     @staticmethod
     def _described(worker: Any) -> Description:
@@ -117,28 +123,39 @@ class Pool:
         worker = self._idle.pop()
         job.attempts, job.worker = job.attempts + 1, self._workers.index(worker)
         reference = getattr(worker, job.method).remote(*job.args)
-        self._running[reference] = (worker, job)
+        loading = 3 * self._starting if worker in self._new else 0.0
+        until = math.inf if self.limit is None else time.monotonic() + self.limit + loading
+        self._running[reference] = (worker, job, until)
 
-    def wait(self, timeout: float | None = None) -> list[Job]:
-        """Finished jobs; empty after `timeout` seconds. A job whose worker died goes on the worker that replaces it."""
-        ready, _ = ray.wait(list(self._running), timeout=timeout)
+    def wait(self, timeout: float = 1.0) -> list[Job]:
+        """Finished jobs; none after `timeout` seconds. One whose worker died or hung goes on its replacement."""
+        ready, others = ray.wait(list(self._running), timeout=timeout)
+        late = [reference for reference in others if time.monotonic() > self._running[reference][2]]
         finished = []
-        for reference in ready:
-            worker, job = self._running.pop(reference)
+        for reference in [*ready, *late]:
+            worker, job, _ = self._running.pop(reference)
+            lost = f"took more than {self.limit:.0f} s," if reference in late else None
             try:
-                job.result = ray.get(reference)
+                if not lost:
+                    job.result = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 job.error = " ".join(str(error.cause).split())[:300] or type(error.cause).__name__
             except ray.exceptions.RayActorError:
+                lost = "died"
+            if lost:
                 # a new actor, not Ray's restart: calls to one that restarts fail at once instead of waiting for it
                 ray.kill(worker)
+                self._new.discard(worker)
                 worker = self._actor.remote(self.config, self.description.dtype)
                 self._workers[job.worker] = worker
+                self._new.add(worker)
                 if job.attempts <= RETRIES:
                     self._idle.append(worker)
                     self.submit(job)
                     continue
-                job.error = f"its worker died {job.attempts} times"
+                job.error = f"its worker {lost} {job.attempts} times"
+            else:
+                self._new.discard(worker)
             self._idle.append(worker)
             finished.append(job)
         return finished

@@ -29,9 +29,12 @@ def point_of(trial: optuna.trial.FrozenTrial) -> Point:
     return Point(name, alignment, quality, latency, attrs["key"], attrs["steps"], bool(attrs.get("anchor")))
 
 
+def stands(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether the trial keeps the constraints and has all its pictures: one dropped in the race has an estimate."""
+    return all(v <= 0 for v in trial.constraints.values()) and "dropped" not in trial.user_attrs
+
+
 def feasible(study: optuna.Study, anchors: bool = False) -> list[optuna.trial.FrozenTrial]:
-    """Complete trials that keep the constraints; `anchors` are known points, and stand whatever they break."""
+    """Complete trials that stand; `anchors` are known points, and stand whatever they break."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [
-        t for t in complete if all(v <= 0 for v in t.constraints.values()) or (anchors and "anchor" in t.user_attrs)
-    ]
+    return [t for t in complete if stands(t) or (anchors and "anchor" in t.user_attrs)]

@@ -6,20 +6,23 @@ resume, one that has them is told again, any other is run again.
 
 import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from ..evaluators import CostTable, get
+from ..evaluators import CostTable, get, scale_of
 from ..policies import BlockPolicy
+from .budget import Budget
 from .config import Config, ConfigError
 from .front import Point, hypervolume, non_dominated
 from .pool import Job, Pool
 from .progress import Display
 from .prompts import read_prompts
+from .racing import Race, rounds
 from .run_directory import RunDirectory
 from .space import Candidate, anchors, candidate, distributions, steps_of, suggest
 from .storage import STUDY, feasible, open_storage, point_of, study_url
@@ -47,6 +50,29 @@ def check_objectives(config: Config) -> None:
             raise ConfigError(f"objectives name {name!r}, which is to be minimised; accepted: evaluators to maximise.")
     for split in ("search", "confirm"):
         read_prompts(config, split)
+
+
+@dataclass
+class Entry:
+    """A candidate in the race: how many pictures it may have after each round, and what those so far scored."""
+
+    trial: optuna.Trial
+    chosen: Candidate
+    rounds: Iterator[int]
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # per picture (n,) by evaluator
+    images: int = 0
+    generate_seconds: float = 0.0
+    score_seconds: float = 0.0
+    steps_saved: float = 0.0  # share of the steps of all pictures so far
+
+    def add(self, measured: Measurement) -> None:
+        parts = measured.scores.items()
+        self.scores = {k: np.concatenate([self.scores[k], v]) if k in self.scores else v for k, v in parts}
+        new = len(measured.images)
+        self.steps_saved = (self.images * self.steps_saved + new * measured.steps_saved) / (self.images + new)
+        self.images += new
+        self.generate_seconds += measured.generate_seconds
+        self.score_seconds += measured.score_seconds
 
 
 class Study:
@@ -77,16 +103,18 @@ class Study:
             self.run.write_scores("unmodified", self.prompts, job.result.scores)
         images = self.run.read_images("unmodified")
         self._reference = self.pool.put(images)
-        scores = self.run.read_scores("unmodified")
-        objectives = self.config.objectives
-        latency = self._latency(unmodified)
-        self.baseline = Point(
-            "unmodified",
-            float(scores[objectives.alignment].to_numpy().mean()),
-            float(scores[objectives.quality].to_numpy().mean()),
-            latency,
-            unmodified.key,
-        )
+        self._before = {name: v.to_numpy() for name, v in self.run.read_scores("unmodified").items()}
+        self._names = self.config.objectives.alignment, self.config.objectives.quality
+        self._scales = np.array([scale_of(get(name)) for name in self._names])
+        alignment, quality = (float(self._before[name].mean()) for name in self._names)
+        self.baseline = Point("unmodified", alignment, quality, self._latency(unmodified), unmodified.key)
+        slowest = max(self.costs.predict_policy(unmodified.policy, steps) for steps in steps_of(self.config))
+        self._race = Race(len(self.prompts), slowest)
+
+    def _differences(self, scores: Mapping[Any, Any]) -> np.ndarray:
+        """Alignment and quality of every picture against the unmodified model's, in shares of 100 points, `(n, 2)`."""
+        both = [np.asarray(scores[name]) - self._before[name][: len(scores[name])] for name in self._names]
+        return np.stack(both, axis=1) / self._scales
 
     def _latency(self, chosen: Candidate) -> float:
         """Predicted seconds of a batch: noise of timing would mislead the sampler; confirm times for real."""
@@ -128,35 +156,59 @@ class Study:
                 again = {k: v for k, v in zombie.user_attrs.items() if k == "anchor"} | {"retry_of": zombie.number}
                 self.study.enqueue_trial(zombie.params, user_attrs=again)
             self.study.tell(zombie.number, state=TrialState.FAIL)
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         # of equal ones the first: it was measured, the others stand on it
-        self._known = {t.user_attrs["key"]: t for t in reversed(feasible(self.study))}
+        self._known = {t.user_attrs["key"]: t for t in reversed(complete)}
+        for trial in feasible(self.study):
+            if "same_as" not in trial.user_attrs:
+                scores = self.run.read_scores(f"trial-{trial.number:04d}")
+                self._race.finish(self._differences(scores), point_of(trial).latency)
+        self._allow(self.spent())
 
     def finished(self) -> int:
         """Trials that count: complete, or failed for a reason of their own and not by a kill."""
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
         return sum(t.state == TrialState.COMPLETE or "reason" in t.user_attrs for t in trials)
 
+    @property
+    def ended(self) -> str | None:
+        """The limit at which the search came to its end; None while it has not."""
+        return self.study.user_attrs.get("ended")
+
     def search(self) -> None:
-        """Run until the config's number of trials has finished."""
-        total = self.config.search.trials
-        done = self.finished()
-        self.display.trials(done, total, self.standing(), 0, 0.0)
-        while done < total:
-            while self.pool.free and done + self.pool.busy < total:
+        """Run until a limit of the config is reached, and what runs by then has finished."""
+        limits = self.config.search
+        done, images = self.finished(), self.spent()["images"]
+        self._budget = Budget(**self.study.user_attrs.get("budget", {}))
+        self.study.set_user_attr("ended", None)
+        self.display.trials(done, limits.trials, self.standing(), 0, 0.0)
+        while not (ended := self._budget.ended(limits, done, images)) or self.pool.busy:
+            while not ended and self.pool.free and done + self.pool.busy < limits.trials:
                 trial, chosen = self._ask()
                 if chosen.key in self._known:
                     self._tell_known(trial, chosen)
                     done += 1
+                    ended = self._budget.ended(limits, done, images)
                     continue
-                job = Job("measure", (chosen.policy, chosen.steps, "search", self._reference), (trial, chosen))
-                self.pool.submit(job)
-                trial.set_user_attr("worker", job.worker)
+                # known points are wanted whole: anchors are confirmed whatever they score
+                races = self.config.search.racing and "anchor" not in trial.user_attrs
+                first = self.config.search.first_images if races else len(self.prompts)
+                self._draw(Entry(trial, chosen, rounds(first, len(self.prompts))))
             if not self.pool.busy:
                 continue
             for job in self.pool.wait(timeout=1.0):
-                self._tell(job)
-                done += 1
+                images += len(job.result.images) if job.result is not None else 0
+                done += self._tell(job)
             self.display.tick()
+        self.study.set_user_attr("ended", ended)
+        self.display.say(f"the search ends at {ended}")
+
+    def _draw(self, entry: Entry) -> None:
+        """The pictures of the next round, on a free worker."""
+        policy, steps = entry.chosen.policy, entry.chosen.steps
+        job = Job("measure", (policy, steps, "search", self._reference, next(entry.rounds), entry.images), entry)
+        self.pool.submit(job)
+        entry.trial.set_user_attr("worker", job.worker)
 
     def _outside(self, anchor: str) -> bool:
         """Whether the anchor lies outside of the space: its sampler must not learn from it."""
@@ -172,6 +224,8 @@ class Study:
         """The same behaviour spelled otherwise is one policy: its scores stand."""
         known = self._known[chosen.key]
         trial.set_user_attr("same_as", known.number)
+        if "dropped" in known.user_attrs:
+            trial.set_user_attr("dropped", True)
         trial.set_constraint("insane_pictures", known.constraints["insane_pictures"])
         unspent = {"generate_seconds": 0.0, "score_seconds": 0.0, "steps_saved": 1.0}
         self._attributes(trial, chosen, metrics=known.user_attrs["metrics"] | unspent)
@@ -199,37 +253,51 @@ class Study:
             trial.number, [metrics[objectives.alignment], metrics[objectives.quality], metrics["latency"]]
         )
 
-    def _tell(self, job: Job) -> None:
-        trial, chosen = job.tag
-        measured: Measurement | None = job.result
+    def _tell(self, job: Job) -> bool:
+        """Take in what a job measured; whether that ended its trial."""
+        entry: Entry = job.tag
+        trial, chosen = entry.trial, entry.chosen
         reason = job.error
-        if measured is not None:
-            broken = [name for name, values in measured.scores.items() if not np.isfinite(values).all()]
+        if job.result is not None:
+            entry.add(job.result)
+            broken = [name for name, values in entry.scores.items() if not np.isfinite(values).all()]
             reason = f"{', '.join(broken)} gave scores that are not finite" if broken else None
-        if reason or measured is None:
+        if reason:
             self._attributes(trial, chosen, reason=reason)
             self._close(trial)
             self.display.say(f"trial {trial.number} failed: {reason}")
             self._after(trial.number, chosen, 0, 0.0)
-            return
-        means = {name: float(values.mean()) for name, values in measured.scores.items()}
-        latency = self._latency(chosen)
+            return True
+        seen, latency = entry.images, self._latency(chosen)
+        insane = float((entry.scores["sane"] < 1).sum() - (self._before["sane"][:seen] < 1).sum())
+        differences, dropped = self._differences(entry.scores), seen < len(self.prompts)
+        if dropped and insane <= 0 and self._race.goes_on(differences, latency):
+            self._draw(entry)
+            return False
+        # of one that was dropped what all its pictures would have scored, as far as those seen tell; it looked bad, so
+        # that luck, which raises the best of many, cannot make it look good to the sampler
+        means = {
+            name: float(self._before[name].mean() + (values - self._before[name][:seen]).mean())
+            for name, values in entry.scores.items()
+        }
         metrics = means | {
             "latency": latency,
             "speedup": self.baseline.latency / latency,
-            "generate_seconds": measured.generate_seconds,
-            "score_seconds": measured.score_seconds,
-            "steps_saved": measured.steps_saved,
+            "generate_seconds": entry.generate_seconds,
+            "score_seconds": entry.score_seconds,
+            "steps_saved": entry.steps_saved,
         }
-        self.run.write_scores(f"trial-{trial.number:04d}", self.prompts, measured.scores)
-        before = self.run.read_scores("unmodified")["sane"].to_numpy()
-        insane = float((measured.scores["sane"] < 1).sum() - (before < 1).sum())
+        self.run.write_scores(f"trial-{trial.number:04d}", self.prompts[:seen], entry.scores)
         trial.set_constraint("insane_pictures", insane)
+        trial.set_user_attr("images", seen)
+        if dropped:
+            trial.set_user_attr("dropped", True)
+        elif insane <= 0:
+            self._race.finish(differences, latency)
         self._attributes(trial, chosen, metrics=metrics)
-        frozen = self._close(trial)
-        if insane <= 0:
-            self._known[chosen.key] = frozen
-        self._after(trial.number, chosen, len(measured.images), measured.generate_seconds)
+        self._known.setdefault(chosen.key, self._close(trial))
+        self._after(trial.number, chosen, seen, entry.generate_seconds)
+        return True
 
     def standing(self) -> dict[str, float]:
         points = [point_of(t) for t in feasible(self.study)]
@@ -250,16 +318,27 @@ class Study:
         `steps_saved` is the share of their denoising steps that earlier candidates had taken alike.
         """
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        measured = [t.user_attrs["metrics"] for t in trials if "same_as" not in t.user_attrs]
-        seconds = sum(m["generate_seconds"] + m["score_seconds"] for m in measured)
-        spent = {"images": float(len(measured) * len(self.prompts)), "worker_seconds": seconds}
-        spent |= {"steps_saved": sum(m["steps_saved"] for m in measured) / max(1, len(measured))}
+        measured = [t.user_attrs for t in trials if "same_as" not in t.user_attrs]
+        told = [(m["metrics"], m.get("images", len(self.prompts))) for m in measured]
+        seconds = sum(metrics["generate_seconds"] + metrics["score_seconds"] for metrics, _ in told)
+        images = sum(count for _, count in told)
+        saved = sum(metrics.get("steps_saved", 0.0) * count for metrics, count in told)
+        spent = {"images": float(images), "worker_seconds": seconds, "steps_saved": saved / max(1, images)}
         return spent | ({"gpu_seconds": seconds * self.pool.gpus} if self.pool.gpus else {})
 
+    def _allow(self, spent: dict[str, float]) -> None:
+        """How long a worker may be silent, by what the largest job would have taken so far."""
+        if self.config.ray.timeout_s is None and spent["images"]:
+            most = max(len(read_prompts(self.config, split)) for split in ("search", "confirm"))
+            self.pool.limit = 60 + 20 * most * spent["worker_seconds"] / spent["images"]
+
     def _after(self, number: int, chosen: Candidate, images: int, seconds: float) -> None:
-        standing = self.standing()
-        self.tracker.progress(number, standing | self.spent())
-        self.display.trials(self.finished(), self.config.search.trials, standing, images, seconds)
+        standing, done = self.standing(), self.finished()
+        self.study.set_user_attr("budget", self._budget.trial(done, standing.get("hypervolume", 0.0)))
+        spent = self.spent()
+        self._allow(spent)
+        self.tracker.progress(number, standing | spent)
+        self.display.trials(done, self.config.search.trials, standing, images, seconds)
 
     def front(self) -> list[Point]:
         """Non-dominated feasible trials, fastest first."""
@@ -275,8 +354,8 @@ class Study:
 
     def cautious(self, trial: optuna.trial.FrozenTrial) -> Point:
         """A trial's point with alignment and quality lower by the standard error of what they differ from baseline."""
-        point, objectives = point_of(trial), self.config.objectives
+        point = point_of(trial)
         number = trial.user_attrs.get("same_as", trial.number)
-        after, before = self.run.read_scores(f"trial-{number:04d}"), self.run.read_scores("unmodified")
-        alignment, quality = ((after[name] - before[name]).sem() for name in (objectives.alignment, objectives.quality))
+        differences = self._differences(self.run.read_scores(f"trial-{number:04d}"))
+        alignment, quality = self._scales * differences.std(axis=0, ddof=1) / np.sqrt(len(differences))
         return replace(point, alignment=point.alignment - alignment, quality=point.quality - quality)

@@ -167,6 +167,7 @@ class Tracker:
         files: Iterable[Path] = (),
         tables: dict[str, list[dict[str, Any]]] | None = None,
         picks: dict[str, Path] | None = None,
+        tags: dict[str, str] | None = None,
     ) -> None:
         """The end of this process' part: files of the run directory, tables by name, and policy files by alias.
 
@@ -183,8 +184,8 @@ class Tracker:
         chosen = None if picks is None else {alias: path.read_text("utf-8") for alias, path in picks.items()}
         self._add(
             Record(
-                _now(), tags=listed if texts else {}, texts=texts, files=self._inside(files), picks=chosen,
-                status=status,
+                _now(), tags=(listed if texts else {}) | (tags or {}), texts=texts, files=self._inside(files),
+                picks=chosen, status=status,
             )
         )  # fmt: skip
 

@@ -3,7 +3,9 @@
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import ray
@@ -16,6 +18,8 @@ from .config import Config
 from .generation import Rows, device_name, embed, generate, load, some
 from .prefixes import Prefixes
 from .prompts import read_prompts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Worker:
 
     def __init__(self, config: Config, dtype: str | None = None):
         self.config = config
+        self.generation = config.generation  # its batch is halved where memory is short
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(min(config.ray.cpus_per_worker, os.cpu_count() or 1))
@@ -65,7 +70,7 @@ class Worker:
             self.pipe = load(self.config.model.path, self.device, getattr(torch, dtype))
             self._splits = {}
             prompts, rows = self._batch("search")
-            run = lambda p=prompts, r=rows: generate(self.pipe, p, r, self.config.generation, 2)  # noqa: E731
+            run = lambda p=prompts, r=rows: generate(self.pipe, p, r, self.generation, 2)  # noqa: E731
             seconds[dtype] = time_runs(run, repeats=3)
         return min(seconds, key=seconds.__getitem__)
 
@@ -93,50 +98,69 @@ class Worker:
         )
 
     def measure(
-        self, policy: BlockPolicy, steps: int, split: str, reference: np.ndarray | None, count: int | None = None
+        self,
+        policy: BlockPolicy,
+        steps: int,
+        split: str,
+        reference: np.ndarray | None,
+        count: int | None = None,
+        start: int = 0,
     ) -> Measurement:
-        """The split's pictures, or the first `count`, under `policy`, scored.
+        """The split's pictures, or those from `start` to `count`, under `policy`, scored.
 
         `reference` are the unmodified model's pictures of the whole split.
         """
         prompts, rows = self._split(split)
-        prompts, rows = prompts[:count], some(rows, slice(count))
+        part = slice(start, count)
+        prompts, rows = prompts[part], some(rows, part)
         if split not in self._prefixes:
             self._prefixes = {split: Prefixes(self.config.ray.prefix_gib)}
         prefixes = self._prefixes[split]
         taken, given = prefixes.steps, prefixes.given
         begin = time.perf_counter()
-        images = generate(self.pipe, prompts, rows, self.config.generation, steps, policy, prefixes)
+        images = self._fitting(lambda: generate(self.pipe, prompts, rows, self.generation, steps, policy, prefixes))
         made = time.perf_counter()
         saved = (prefixes.given - given) / (prefixes.steps - taken) if prefixes.steps > taken else 0.0
         objectives, scores = self.config.objectives, {}
         for name in dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane")):
             evaluator = get(name)
-            compared = reference[:count] if reference is not None else images
+            compared = reference[part] if reference is not None else images
             scores[name] = evaluator.score(
                 images, [p.text for p in prompts], compared if evaluator.needs_reference else None
             )
         return Measurement(scores, images, made - begin, time.perf_counter() - made, saved)
 
+    def _fitting(self, run: Callable[[], T]) -> T:
+        """What `run` returns, tried with half the batch, which then stays, as often as the device's memory is short."""
+        while True:
+            try:
+                return run()
+            except torch.OutOfMemoryError:
+                if self.generation.batch == 1:
+                    raise
+            self.generation = self.generation.model_copy(update={"batch": self.generation.batch // 2})
+            torch.cuda.empty_cache()
+
     def _batch(self, split: str) -> tuple[tuple[Prompt, ...], Rows]:
         prompts, rows = self._split(split)
-        first = slice(self.config.generation.batch)
+        first = slice(self.generation.batch)
         return prompts[first], some(rows, first)
 
     def cost_table(self) -> CostTable:
         """Seconds of every part of a run of one batch; the device must be quiet."""
-        prompts, rows = self._batch("search")
-        steps = self.config.generation.num_inference_steps
-        return measure_cost_table(
-            self.pipe, lambda: generate(self.pipe, prompts, rows, self.config.generation, steps), repeats=3
-        )
+        steps = self.generation.num_inference_steps
+        run = lambda: generate(self.pipe, *self._batch("search"), self.generation, steps)  # noqa: E731
+        return self._fitting(lambda: measure_cost_table(self.pipe, run, repeats=3))
 
     def time(self, candidates: list[tuple[BlockPolicy, int]], repeats: int) -> list[float]:
         """Measured seconds of one batch under each (policy, steps), taken in turn so that drift hits all alike."""
+        return self._fitting(lambda: self._time(candidates, repeats))  # all of them at one batch
+
+    def _time(self, candidates: list[tuple[BlockPolicy, int]], repeats: int) -> list[float]:
         prompts, rows = self._batch("confirm")
         seconds: list[list[float]] = [[] for _ in candidates]
         for repeat in range(repeats):
             for i, (policy, steps) in enumerate(candidates):
-                run = lambda p=policy, s=steps: generate(self.pipe, prompts, rows, self.config.generation, s, p)  # noqa: E731
+                run = lambda p=policy, s=steps: generate(self.pipe, prompts, rows, self.generation, s, p)  # noqa: E731
                 seconds[i].append(time_runs(run, repeats=1, warmup=int(repeat == i == 0)))
         return [float(np.median(s)) for s in seconds]

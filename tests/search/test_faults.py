@@ -318,9 +318,15 @@ def ended(job):
 pool = Pool(load_config(Path(sys.argv[1]), []))
 slow = Job("__ray_call__", (lambda worker: (time.sleep(4), os.getpid())[1],))
 poison = Job("__ray_call__", (lambda worker: os._exit(1),))
+place = Path(sys.argv[1]).parent
+hangs = Job("__ray_call__", (lambda worker: (place / "hung").exists() or ((place / "hung").touch(), time.sleep(600)),))
 (asked,) = pool.run([Job("__ray_call__", (lambda worker: os.getpid(),))])
 first, began = asked.result, time.monotonic()
-told = {"first": first, "slow": ended(slow), "poison": ended(poison), "size": pool.size}
+told = {"first": first, "slow": ended(slow)}
+pool.limit = 1.0
+told["hangs"] = ended(hangs)
+pool.limit = None
+told |= {"poison": ended(poison), "size": pool.size}
 (described,) = pool.run([Job("describe", ())])
 told["blocks"] = described.result.model.num_blocks
 pool.close()
@@ -329,7 +335,7 @@ print(json.dumps(told))
 
 
 def test_workers_that_die_are_replaced(new_world: Callable[..., Any]) -> None:
-    """A job whose worker is killed is done by the next; one that kills two fails, and the pool goes on as large."""
+    """A job whose worker is killed or hangs is done by the next; one that kills two fails; the pool stays as large."""
     world = new_world()
     done = subprocess.run(
         [sys.executable, "-c", POOL, str(world.config)],
@@ -341,5 +347,6 @@ def test_workers_that_die_are_replaced(new_world: Callable[..., Any]) -> None:
     assert told["slow"]["attempts"] == 2
     assert told["slow"]["result"] != told["first"]
     assert told["poison"] == {"error": "its worker died 2 times", "attempts": 2, "result": None}
+    assert told["hangs"] == {"error": None, "attempts": 2, "result": True}
     assert told["size"] == 1
     assert told["blocks"] == 12
