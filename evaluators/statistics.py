@@ -1,8 +1,8 @@
 """Whether a policy scores differently from the unmodified model: paired intervals, exact tests, and what n can tell.
 
 Scores are paired: the same prompt and seed stand at the same position of both arrays. Pictures of one prompt are alike,
-so whole prompts are resampled, not pictures. For `m` comparisons at once, ask for `level=1 - 0.05 / m` (Bonferroni), or
-adjust p-values by `holm`.
+so whole prompts are what is independent, not pictures. For `m` comparisons at once, ask for `level=1 - 0.05 / m`
+(Bonferroni), or adjust p-values by `holm`.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-
-_CHUNK = 1 << 18  # indices drawn at a time, so that memory does not grow with the number of resamples
 
 
 @dataclass(frozen=True)
@@ -42,34 +40,36 @@ def paired_interval(
     baseline_scores: ArrayLike,
     groups: Sequence | np.ndarray | None = None,
     level: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
     scale: float = 1.0,
 ) -> Interval:
-    """The mean difference policy minus baseline, with a bootstrap interval over groups; `scale` is the interval's.
+    """The mean difference policy minus baseline, with a Student's t interval over groups; `scale` is the interval's.
 
     Scores are `(n,)` each, `groups` `(n,)` ids of which equal ones stay together (the prompt); without them every
-    picture is its own group. Percentile interval of the resampled mean over pictures, its tails widened for few groups
-    as Hesterberg 2015 (doi:10.1080/00031305.2015.1089789) does: for normal data the width is then that of Student's t,
-    where the plain percentile and BCa intervals are too narrow. The same input and seed give the same answer.
+    picture is its own group. The mean is over pictures, a ratio of sums of groups; its standard error is of that ratio,
+    linearised, with as many degrees of freedom as groups less one (Cochran 1977, Sampling Techniques, 2.11 and 6.3).
 
-    Where few pictures differ the interval is too narrow: with 6 unequal pairs of binary scores in 100 a nominal 95 %
-    held the truth 92 % of the time, with 12 in 200 94 %. Equal scores everywhere give [0, 0], which proves nothing.
-    Raises ValueError for scores that are not finite, unequal lengths, and fewer than two groups.
+    In simulations of skewed, dense and binary scores, three pictures to a prompt, a nominal 95 % held the truth 93.6 to
+    95.2 % of the time for 24, 96 and 576 prompts; percentile, BCa and studentised bootstraps were too narrow for 24.
+    Where next to nothing differs it is too narrow as well: of 24 pictures with 7 % unequal pairs of binary scores 80 %,
+    for often none differs, and equal scores everywhere give [0, 0], which proves nothing. Raises ValueError for scores
+    that are not finite, unequal lengths, and fewer than two groups.
     """
+    from scipy.special import stdtrit
+
     policy, baseline = _scores("policy_scores", policy_scores), _scores("baseline_scores", baseline_scores)
     if len(policy) != len(baseline):
         raise ValueError(f"policy_scores has {len(policy)} scores, baseline_scores {len(baseline)}; accepted: pairs")
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; accepted: between 0 and 1, as 0.95")
-    if resamples * (1 - level) < 2:
-        raise ValueError(f"resamples is {resamples}, too few for level {level}; accepted: 2 / (1 - level) or more")
     sums, counts = _clusters(policy - baseline, groups)
     delta = float(sums.sum() / counts.sum())
-    low, high = _bootstrap(sums, counts, level, resamples, seed)
-    # rounding must not put the estimate a bit outside an interval of no width
-    low, high = min(low, delta), max(high, delta)
-    return Interval(float(policy.mean()), float(baseline.mean()), delta, low, high, level, len(policy), scale)
+    n = len(sums)
+    residuals = sums - delta * counts
+    error = np.sqrt(n / (n - 1) * (residuals**2).sum()) / counts.sum()
+    half = float(stdtrit(n - 1, (1 + level) / 2) * error)
+    return Interval(
+        float(policy.mean()), float(baseline.mean()), delta, delta - half, delta + half, level, len(policy), scale
+    )
 
 
 def _scores(field: str, values: ArrayLike) -> np.ndarray:
@@ -95,21 +95,6 @@ def _clusters(differences: np.ndarray, groups: Sequence | np.ndarray | None) -> 
     if len(sums) < 2:
         raise ValueError(f"groups has {len(sums)} different ids; accepted: two or more, as an interval needs a spread")
     return sums, counts
-
-
-def _bootstrap(sums: np.ndarray, counts: np.ndarray, level: float, resamples: int, seed: int) -> tuple[float, float]:
-    from scipy.special import ndtr, stdtrit
-
-    n = len(sums)
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    chunk = max(1, _CHUNK // n)
-    for start in range(0, resamples, chunk):
-        drawn = rng.integers(0, n, (min(chunk, resamples - start), n))  # (resamples of this chunk, groups)
-        means[start : start + chunk] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    tail = ndtr(-np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + level) / 2))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def mcnemar(policy_correct: ArrayLike, baseline_correct: ArrayLike) -> float:

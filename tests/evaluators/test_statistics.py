@@ -1,9 +1,8 @@
-import time
 import warnings
 
 import numpy as np
 import pytest
-from blocktune.evaluators import Interval, holm, mcnemar, minimum_detectable_difference, paired_interval
+from blocktune.evaluators import holm, mcnemar, minimum_detectable_difference, paired_interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -11,35 +10,29 @@ from hypothesis.extra.numpy import arrays
 scores = st.integers(2, 30).flatmap(lambda n: arrays(np.float64, (2, n), elements=st.floats(-1, 1, width=32)))
 
 
-def quick(policy, baseline, groups=None, **options) -> Interval:
-    return paired_interval(policy, baseline, groups, **{"resamples": 200, **options})
-
-
 @given(scores)
 @settings(deadline=None)
 def test_means_and_order(pair):
-    result = quick(*pair)
+    result = paired_interval(*pair)
     assert result.value == pytest.approx(pair[0].mean())
     assert result.baseline == pytest.approx(pair[1].mean())
     assert result.delta == pytest.approx(result.value - result.baseline, abs=1e-12)
     assert result.low <= result.delta <= result.high
-    assert result.low >= (pair[0] - pair[1]).min() - 1e-12
-    assert result.high <= (pair[0] - pair[1]).max() + 1e-12
     assert (result.level, result.n) == (0.95, pair.shape[1])
-    assert quick(*pair) == result
+    assert paired_interval(*pair) == result
 
 
 @given(scores)
 @settings(deadline=None)
 def test_swapping_the_sides_mirrors_the_interval(pair):
-    forth, back = quick(pair[0], pair[1]), quick(pair[1], pair[0])
+    forth, back = paired_interval(pair[0], pair[1]), paired_interval(pair[1], pair[0])
     assert (back.delta, back.low, back.high) == pytest.approx((-forth.delta, -forth.high, -forth.low), abs=1e-12)
 
 
 @given(scores, st.floats(-2, 2), st.floats(0.1, 5))
 @settings(deadline=None)
 def test_shift_and_scale(pair, shift, scale):
-    plain, moved = quick(*pair), quick(pair[0] * scale + shift, pair[1] * scale)
+    plain, moved = paired_interval(*pair), paired_interval(pair[0] * scale + shift, pair[1] * scale)
     expected = [plain.delta * scale + shift, plain.low * scale + shift, plain.high * scale + shift]
     assert [moved.delta, moved.low, moved.high] == pytest.approx(expected, abs=1e-9)
 
@@ -60,60 +53,60 @@ def test_width_is_that_of_students_t(n):
 
     rng = np.random.default_rng(3)
     baseline = rng.random(n)
-    half_of_them = rng.normal(0, 0.3, n // 2)
-    difference = 0.1 + np.concatenate([half_of_them, -half_of_them])  # no skew: the interval is symmetric as t's is
+    difference = rng.normal(0.1, 0.3, n)
     result = paired_interval(baseline + difference, baseline)
     half = t.ppf(0.975, n - 1) * difference.std(ddof=1) / np.sqrt(n)
-    assert result.high - result.low == pytest.approx(2 * half, rel=0.12 if n == 8 else 0.05)
-    assert (result.high + result.low) / 2 == pytest.approx(difference.mean(), abs=0.12 * half)
+    assert (result.low, result.high) == pytest.approx((difference.mean() - half, difference.mean() + half))
 
 
-def covered(draw, truth: float, groups=None, data_sets: int = 400) -> float:
+def covered(draw, truth: float, groups=None, data_sets: int = 2000) -> float:
     """Share of simulated data sets whose interval holds the true difference."""
     hits = 0
     for seed in range(data_sets):
-        policy, baseline = draw(np.random.default_rng(seed))
-        result = paired_interval(policy, baseline, groups, resamples=400, seed=seed + 1_000_000)
+        result = paired_interval(*draw(np.random.default_rng(seed)), groups)
         hits += result.low <= truth <= result.high
     return hits / data_sets
 
 
-def test_coverage_of_dense_scores():
-    def draw(rng):
-        baseline = rng.random(60)
-        return baseline + rng.normal(0.02, 0.2, 60), baseline
-
-    assert 0.92 <= covered(draw, 0.02) <= 0.98
+def dense(rng, n):
+    baseline = rng.random(n)
+    return baseline + rng.normal(0.02, 0.2, n), baseline
 
 
-@pytest.mark.parametrize("prompts", [96, 256])  # of 24 prompts with 10 that differ, 91 % hold the truth: too narrow
-def test_coverage_of_skewed_scores_of_whole_prompts(prompts):
-    groups = np.repeat(np.arange(prompts), 3)
+def skewed(rng, n):  # scores in [0, 1] as judges give them: most pictures are right, few are moved a long way
+    baseline = rng.beta(4, 1, n)
+    moved = np.repeat(rng.random(n // 3) < 0.4, 3)
+    return np.where(moved, rng.beta(5, 1, n), baseline), baseline
 
-    def draw(rng):  # scores in [0, 1] as judges give them: most pictures are right, few are moved a long way
-        baseline = rng.beta(4, 1, 3 * prompts)
-        moved = np.repeat(rng.random(prompts) < 0.4, 3)
-        return np.where(moved, rng.beta(5, 1, 3 * prompts), baseline), baseline
 
+def binary(rng, n):
+    chance = np.repeat(rng.beta(2, 1, n // 3), 3)  # of being right, by prompt
+    baseline = rng.random(n) < chance
+    return np.where(rng.random(n) < 0.3, rng.random(n) < 0.9, baseline), baseline
+
+
+@pytest.mark.parametrize("prompts", [24, 96, 576])
+@pytest.mark.parametrize(
+    ("draw", "truth"), [(dense, 0.02), (skewed, 0.4 * (5 / 6 - 4 / 5)), (binary, 0.3 * (0.9 - 2 / 3))]
+)
+def test_coverage_of_whole_prompts(draw, truth, prompts):
+    n = 3 * prompts
     # three standard errors of 2,000 data sets are 1.5 points
-    assert 0.93 <= covered(draw, 0.4 * (5 / 6 - 4 / 5), groups, data_sets=2000) <= 0.97
+    assert 0.93 <= covered(lambda rng: draw(rng, n), truth, np.repeat(np.arange(prompts), 3)) <= 0.97
 
 
-def test_coverage_of_few_groups():
+def test_coverage_of_ten_groups():
+    assert 0.93 <= covered(lambda rng: dense(rng, 10), 0.02) <= 0.97
+
+
+def test_coverage_where_next_to_nothing_differs():
+    """Too narrow, as the docstring says, and never wider than it should be."""
+
     def draw(rng):
-        baseline = rng.random(10)
-        return baseline + rng.normal(-0.05, 0.2, 10), baseline
+        changed, up = rng.random(24) < 0.07, rng.random(24) < 2 / 3
+        return (changed & up).astype(float), (changed & ~up).astype(float)
 
-    assert 0.92 <= covered(draw, -0.05) <= 0.98
-
-
-def test_coverage_of_binary_scores():
-    def draw(rng):
-        baseline = rng.random(200) < 0.7
-        return np.where(rng.random(200) < 0.2, rng.random(200) < 0.88, baseline), baseline
-
-    # 0.036 lies between the values k / 200 that ends of intervals take: no end is the truth by chance
-    assert 0.92 <= covered(draw, 0.2 * (0.88 - 0.7)) <= 0.98
+    assert 0.75 <= covered(draw, 0.07 / 3) <= 0.95
 
 
 def test_pictures_of_one_prompt_go_together():
@@ -141,13 +134,17 @@ def test_names_of_groups_do_not_matter():
     assert paired_interval(policy, baseline, ids) == paired_interval(policy, baseline, [f"prompt {i}" for i in ids])
 
 
-def test_level_and_seed():
+def test_unequal_groups_by_hand():
+    """Mean 1/2 of four; residuals of the groups' sums are 1/2, -1/2 and 0, so its error is sqrt(3/2 / 2) / 4."""
+    result = paired_interval([1.0, 0.0, 1.0, 0.0], [0.0] * 4, ["a", "b", "c", "c"])
+    assert result.high - 0.5 == pytest.approx(4.302653 * np.sqrt(3 / 4) / 4, rel=1e-6)
+
+
+def test_level():
     rng = np.random.default_rng(0)
     policy, baseline = rng.random(50), rng.random(50)
     widths = [(r := paired_interval(policy, baseline, level=level)).high - r.low for level in (0.5, 0.9, 0.95, 0.995)]
     assert widths == sorted(widths)
-    assert paired_interval(policy, baseline, seed=1) == paired_interval(policy, baseline, seed=1)
-    assert paired_interval(policy, baseline, seed=1) != paired_interval(policy, baseline, seed=2)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +159,6 @@ def test_level_and_seed():
         (([1.0, 2.0], [0.0, 0.0], ["a", "a"]), "groups has 1 different ids"),
         (([1.0, 2.0], [0.0, 0.0], ["a", "b", "c"]), "groups has 3 ids for 2 scores"),
         (([1.0, 2.0], [0.0, 0.0], None, 95), "level is 95"),
-        (([1.0, 2.0], [0.0, 0.0], None, 0.999, 100), "resamples is 100, too few for level 0.999"),
     ],
 )
 def test_refuses(arguments, said):
@@ -174,17 +170,7 @@ def test_two_groups_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = paired_interval([0.0, 1.0], [0.0, 0.0])
-    assert (result.low, result.high) == (0, 1)
-
-
-def test_a_thousand_groups_take_less_than_a_second():
-    rng = np.random.default_rng(0)
-    policy, baseline = rng.random(4000), rng.random(4000)
-    groups = np.repeat(np.arange(1000), 4)
-    paired_interval([0, 1], [0, 0])  # imports scipy.special
-    start = time.perf_counter()
-    paired_interval(policy, baseline, groups, resamples=10_000)
-    assert time.perf_counter() - start < 1
+    assert (result.low, result.high) == pytest.approx((0.5 - 12.706205 / 2, 0.5 + 12.706205 / 2))  # t of one degree
 
 
 @pytest.mark.parametrize(
@@ -269,13 +255,13 @@ def test_the_detectable_difference_is_detected_at_the_stated_power(n, level, pow
     assert (low > 0).mean() == pytest.approx(power, abs=0.025)
 
 
-def test_the_detectable_difference_is_detected_by_the_bootstrap_too():
+def test_the_detectable_difference_is_detected_by_the_interval_too():
     rng = np.random.default_rng(3)
     delta = minimum_detectable_difference(64, 0.3)
     detected = 0
-    for seed in range(400):
+    for _ in range(400):
         baseline = rng.random(64)
-        result = paired_interval(baseline + rng.normal(delta, 0.3, 64), baseline, resamples=400, seed=seed)
+        result = paired_interval(baseline + rng.normal(delta, 0.3, 64), baseline)
         detected += result.low > 0
     assert detected / 400 == pytest.approx(0.8, abs=0.06)
 
