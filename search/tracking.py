@@ -48,6 +48,17 @@ def registered_model(config: Config) -> str:
     return config.mlflow.registered_model or re.sub("[/:@]+", "-", f"{config.mlflow.experiment}-{config.name}")
 
 
+def _make_database(path: Path) -> None:
+    """MLflow's tables, made beside and renamed into place: amid their making a kill leaves what nothing can open."""
+    from mlflow import MlflowClient
+
+    if not path.exists():
+        beside = path.with_name(path.name + ".new")
+        beside.unlink(missing_ok=True)
+        MlflowClient(f"sqlite:///{beside.absolute()}").search_experiments()
+        beside.replace(path)
+
+
 @dataclass(frozen=True)
 class Record:
     """What to add to the parent run, or with a number to that trial's: sent twice, it is there once."""
@@ -249,6 +260,8 @@ class Tracker:
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
+        if self._config.mlflow.uri is None:
+            _make_database(self._folder / "mlflow.db")
         client, name = MlflowClient(self._uri), self._config.mlflow.experiment
         found = client.get_experiment_by_name(name)
         location = None  # the server's own choice

@@ -103,6 +103,19 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
+def test_a_kill_amid_the_making_of_the_database_costs_no_record(tmp_path: Path) -> None:
+    """Tables are made beside: what a killed process left there is made again, and `mlflow.db` is whole or not there."""
+    (tmp_path / "mlflow.db.new").write_bytes(b"torn")
+    tracker = Tracker(load_config(None, []), tmp_path, "again")
+    a_trial(tracker, 0)
+    until(lambda: bool(tracker.run_id), 90, "the database")
+    tracker.close()
+    assert not list(tmp_path.glob("mlflow.db.new*"))
+    assert not (tmp_path / "outbox.jsonl").exists()
+    runs = client(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"])
+    assert sorted(run.data.tags.get("trial", "") for run in runs) == ["", "0"]
+
+
 def config_for(uri: str, *more: str) -> Config:
     return load_config(None, [f"mlflow.uri={uri}", *more])
 
