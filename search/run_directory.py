@@ -111,7 +111,7 @@ class RunDirectory:
         table.to_parquet(beside, index=False)
         beside.replace(self.scores / f"{name}.parquet")
 
-    def read_scores(self, name: str) -> pd.DataFrame:
+    def read_scores(self, name: str) -> Any:  # a DataFrame, whose annotations answer for every kind of index at once
         return pd.read_parquet(self.scores / f"{name}.parquet")
 
     def write_images(self, name: str, images: np.ndarray) -> None:
