@@ -6,8 +6,7 @@ resume, one that has them is told again, any other is run again.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,10 @@ from ..evaluators import CostTable, get, scale_of
 from ..policies import BlockPolicy
 from .budget import Budget
 from .config import Config, ConfigError
+from .entry import Entry
 from .front import Point, hypervolume, non_dominated
 from .pool import Job, Pool
+from .prior import published, read_probe, suggested
 from .progress import Display
 from .prompts import read_prompts
 from .racing import Race, rounds
@@ -27,7 +28,6 @@ from .run_directory import RunDirectory
 from .space import Candidate, anchors, candidate, distributions, steps_of, suggest
 from .storage import STUDY, feasible, open_storage, point_of, study_url
 from .tracking import Tracker
-from .worker import Measurement
 
 
 def _sampler(config: Config, seed: int) -> optuna.samplers.BaseSampler:
@@ -48,28 +48,13 @@ def check_objectives(config: Config) -> None:
         evaluator = get(name)
         if name not in objectives.reported and evaluator.direction != "maximize":
             raise ConfigError(f"objectives name {name!r}, which is to be minimised; accepted: evaluators to maximise.")
+    for name in config.constraints.min_fidelity:
+        if name not in objectives.reported:
+            accepted = ", ".join(objectives.reported)
+            raise ConfigError(f"constraints.min_fidelity names {name!r}; accepted: what is reported, {accepted}.")
+    read_probe(config)
     for split in ("search", "confirm"):
         read_prompts(config, split)
-
-
-@dataclass
-class Entry:
-    """A candidate in the race: how many pictures it may have after each round, and what those so far scored."""
-
-    trial: optuna.Trial
-    chosen: Candidate
-    rounds: Iterator[int]
-    scores: dict[str, np.ndarray] = field(default_factory=dict)  # per picture (n,) by evaluator
-    images: int = 0
-    generate_seconds: float = 0.0
-    score_seconds: float = 0.0
-
-    def add(self, measured: Measurement) -> None:
-        parts = measured.scores.items()
-        self.scores = {k: np.concatenate([self.scores[k], v]) if k in self.scores else v for k, v in parts}
-        self.images += len(measured.images)
-        self.generate_seconds += measured.generate_seconds
-        self.score_seconds += measured.score_seconds
 
 
 class Study:
@@ -99,8 +84,8 @@ class Study:
             self.run.write_images("unmodified", job.result.images)
             self.run.write_scores("unmodified", self.prompts, job.result.scores)
         images = self.run.read_images("unmodified")
-        self._reference = self.pool.put(images)
-        self._before = {name: v.to_numpy() for name, v in self.run.read_scores("unmodified").items()}
+        self.reference = self.pool.put(images)
+        self._before = {str(name): v.to_numpy() for name, v in self.run.read_scores("unmodified").items()}
         self._names = self.config.objectives.alignment, self.config.objectives.quality
         self._scales = np.array([scale_of(get(name)) for name in self._names])
         alignment, quality = (float(self._before[name].mean()) for name in self._names)
@@ -108,7 +93,7 @@ class Study:
         slowest = max(self.costs.predict_policy(unmodified.policy, steps) for steps in steps_of(self.config))
         self._race = Race(len(self.prompts), slowest)
 
-    def _differences(self, scores: Mapping[Any, Any]) -> np.ndarray:
+    def differences(self, scores: Any) -> np.ndarray:
         """Alignment and quality of every picture against the unmodified model's, in shares of 100 points, `(n, 2)`."""
         both = [np.asarray(scores[name]) - self._before[name][: len(scores[name])] for name in self._names]
         return np.stack(both, axis=1) / self._scales
@@ -142,6 +127,11 @@ class Study:
             if name not in enqueued:  # a kill may have come between two of them
                 inside = {} if self._outside(name) else {k: v for k, v in params.items() if k in self._space}
                 self.study.enqueue_trial(inside, user_attrs={"anchor": name})
+        origins = {t.user_attrs.get("origin") for t in trials}
+        for name, params in self._prior().items():
+            if name not in origins:
+                inside = {k: v for k, v in params.items() if k in self._space}
+                self.study.enqueue_trial(inside, user_attrs={"origin": name})
         retried = {t.user_attrs.get("retry_of") for t in trials}
         for zombie in trials:
             if zombie.state != TrialState.RUNNING:
@@ -150,7 +140,9 @@ class Study:
                 self._close(zombie)
                 continue
             if zombie.number not in retried:  # one with a retry was met by a resume that was killed itself
-                again = {k: v for k, v in zombie.user_attrs.items() if k == "anchor"} | {"retry_of": zombie.number}
+                again = {k: v for k, v in zombie.user_attrs.items() if k in ("anchor", "origin")} | {
+                    "retry_of": zombie.number
+                }
                 self.study.enqueue_trial(zombie.params, user_attrs=again)
             self.study.tell(zombie.number, state=TrialState.FAIL)
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -159,8 +151,14 @@ class Study:
         for trial in feasible(self.study):
             if "same_as" not in trial.user_attrs:
                 scores = self.run.read_scores(f"trial-{trial.number:04d}")
-                self._race.finish(self._differences(scores), point_of(trial).latency)
+                self._race.finish(self.differences(scores), point_of(trial).latency)
         self._allow(self.spent())
+
+    def _prior(self) -> dict[str, dict[str, Any]]:
+        """What to try first behind the anchors, by where it is from."""
+        probe = read_probe(self.config)
+        told = suggested(probe, self.config, self.model.num_blocks) if probe is not None else {}
+        return published(self.config, self.model) | told
 
     def finished(self) -> int:
         """Trials that count: complete, or failed for a reason of their own and not by a kill."""
@@ -204,7 +202,7 @@ class Study:
         """The pictures of the next round, on a free worker."""
         policy, steps = entry.chosen.policy, entry.chosen.steps
         self.pool.submit(
-            Job("measure", (policy, steps, "search", self._reference, next(entry.rounds), entry.images), entry)
+            Job("measure", (policy, steps, "search", self.reference, next(entry.rounds), entry.images), entry)
         )
 
     def _outside(self, anchor: str) -> bool:
@@ -223,7 +221,8 @@ class Study:
         trial.set_user_attr("same_as", known.number)
         if "dropped" in known.user_attrs:
             trial.set_user_attr("dropped", True)
-        trial.set_constraint("insane_pictures", known.constraints["insane_pictures"])
+        for name, excess in known.constraints.items():
+            trial.set_constraint(name, excess)
         unspent = {"generate_seconds": 0.0, "score_seconds": 0.0}
         self._attributes(trial, chosen, metrics=known.user_attrs["metrics"] | unspent)
         self._close(trial)
@@ -257,8 +256,7 @@ class Study:
         reason = job.error
         if job.result is not None:
             entry.add(job.result)
-            broken = [name for name, values in entry.scores.items() if not np.isfinite(values).all()]
-            reason = f"{', '.join(broken)} gave scores that are not finite" if broken else None
+            reason = entry.not_finite()
         if reason:
             self._attributes(trial, chosen, reason=reason)
             self._close(trial)
@@ -266,29 +264,26 @@ class Study:
             self._after(trial.number, chosen, 0, 0.0)
             return True
         seen, latency = entry.images, self._latency(chosen)
-        insane = float((entry.scores["sane"] < 1).sum() - (self._before["sane"][:seen] < 1).sum())
-        differences, dropped = self._differences(entry.scores), seen < len(self.prompts)
-        if dropped and insane <= 0 and self._race.goes_on(differences, latency):
+        against = self.config.constraints, self._before, latency / self.baseline.latency
+        differences, dropped = self.differences(entry.scores), seen < len(self.prompts)
+        hopes = max(entry.certain(*against).values()) <= 0
+        if dropped and hopes and self._race.goes_on(differences, latency):
             self._draw(entry)
             return False
-        # of one that was dropped what all its pictures would have scored, as far as those seen tell; it looked bad, so
-        # that luck, which raises the best of many, cannot make it look good to the sampler
-        means = {
-            name: float(self._before[name].mean() + (values - self._before[name][:seen]).mean())
-            for name, values in entry.scores.items()
-        }
-        metrics = means | {
+        metrics = entry.means(self._before) | {
             "latency": latency,
             "speedup": self.baseline.latency / latency,
             "generate_seconds": entry.generate_seconds,
             "score_seconds": entry.score_seconds,
         }
         self.run.write_scores(f"trial-{trial.number:04d}", self.prompts[:seen], entry.scores)
-        trial.set_constraint("insane_pictures", insane)
+        broken = entry.excesses(*against)
+        for name, excess in broken.items():
+            trial.set_constraint(name, excess)
         trial.set_user_attr("images", seen)
         if dropped:
             trial.set_user_attr("dropped", True)
-        elif insane <= 0:
+        elif max(broken.values()) <= 0:
             self._race.finish(differences, latency)
         self._attributes(trial, chosen, metrics=metrics)
         self._known.setdefault(chosen.key, self._close(trial))
@@ -347,6 +342,6 @@ class Study:
         """A trial's point with alignment and quality lower by the standard error of what they differ from baseline."""
         point = point_of(trial)
         number = trial.user_attrs.get("same_as", trial.number)
-        differences = self._differences(self.run.read_scores(f"trial-{number:04d}"))
+        differences = self.differences(self.run.read_scores(f"trial-{number:04d}"))
         alignment, quality = self._scales * differences.std(axis=0, ddof=1) / np.sqrt(len(differences))
         return replace(point, alignment=point.alignment - alignment, quality=point.quality - quality)
