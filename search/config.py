@@ -142,6 +142,13 @@ class Search(_Section):
     )
 
 
+class Transfer(_Section):
+    num_inference_steps: PositiveInt | None = None
+    guidance_scale: float | None = None
+    height: PositiveInt | None = None
+    width: PositiveInt | None = None
+
+
 class Confirm(_Section):
     candidates: PositiveInt = Field(default=5, description="front members measured again on held-out prompts")
     margin: PositiveFloat = Field(
@@ -151,6 +158,14 @@ class Confirm(_Section):
         default=0.03, description="and how much quality; noise of one grey level costs 8 points of `crispness`"
     )
     repeats: PositiveInt = Field(default=3, description="timed generations per candidate")
+    neighbours: NonNegativeInt = Field(
+        default=0, description="so many neighbours in the space of each pick are measured on the search prompts"
+    )
+    transfer: tuple[Transfer, ...] = Field(
+        default=(),
+        description="settings at which picks are compared with the unmodified model as well, as "
+        "`[{guidance_scale: 4}]`; each changes some of num_inference_steps, guidance_scale, height, width",
+    )
 
 
 class Ray(_Section):
@@ -274,6 +289,8 @@ def page() -> str:
 def _accepted(told: dict[str, Any]) -> str:
     if "anyOf" in told:
         return " or ".join(_accepted(one) for one in told["anyOf"])
+    if "$ref" in told:
+        return "mapping"
     if "enum" in told:
         return ", ".join(f"`{value}`" for value in told["enum"])
     if told["type"] == "array":

@@ -7,6 +7,7 @@ from ..policies import BlockPolicy
 from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, spread
 from .pool import Job
 from .prompts import read_prompts
+from .robustness import transfers, worst_falls
 from .storage import feasible, point_of
 from .study import Study
 
@@ -73,6 +74,14 @@ def confirm(study: Study) -> list[Confirmed]:
     picks = pick(confirmed, config.confirm.margin, config.confirm.quality_margin)
     for name, member in picks.items():
         member.picks.append(name)
+    picked = [c for c in confirmed if c.picks]
+    if picked and config.confirm.neighbours:
+        study.display.say(f"measuring {config.confirm.neighbours} neighbours of each pick")
+        for member in picked:
+            member.neighbours.update(worst_falls(study, trials[member.key]))
+    if picked and config.confirm.transfer:
+        study.display.say(f"measuring the picks at {len(config.confirm.transfer)} other settings")
+        transfers(study, picked, policies)
     for stale in run.policies.glob("*.json"):
         stale.unlink()
     # every confirmed candidate under the name of its trial, and the picks under theirs

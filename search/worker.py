@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -71,11 +71,15 @@ class Worker:
             seconds[dtype] = time_runs(run, repeats=3)
         return min(seconds, key=seconds.__getitem__)
 
-    def _split(self, name: str) -> tuple[tuple[Prompt, ...], Rows]:
-        if name not in self._splits:
+    def _split(self, name: str, guidance: float | None = None) -> tuple[tuple[Prompt, ...], Rows]:
+        generation = self.config.generation
+        if guidance is not None:  # embeddings hold the negative prompts' or not
+            generation = generation.model_copy(update={"guidance_scale": guidance})
+        key = f"{name} {generation.guidance_scale > 1}"
+        if key not in self._splits:
             prompts = read_prompts(self.config, name)
-            self._splits[name] = (prompts, embed(self.pipe, [p.text for p in prompts], self.config.generation))
-        return self._splits[name]
+            self._splits[key] = (prompts, embed(self.pipe, [p.text for p in prompts], generation))
+        return self._splits[key]
 
     def describe(self) -> Description:
         import diffusers
@@ -102,16 +106,19 @@ class Worker:
         reference: np.ndarray | None,
         count: int | None = None,
         start: int = 0,
+        changed: dict[str, Any] | None = None,
     ) -> Measurement:
         """The split's pictures, or those from `start` to `count`, under `policy`, scored.
 
-        `reference` are the unmodified model's pictures of the whole split.
+        `reference` are the unmodified model's pictures of the whole split; `changed` are fields of `generation`.
         """
-        prompts, rows = self._split(split)
+        prompts, rows = self._split(split, (changed or {}).get("guidance_scale"))
         part = slice(start, count)
         prompts, rows = prompts[part], some(rows, part)
         begin = time.perf_counter()
-        images = self._fitting(lambda: generate(self.pipe, prompts, rows, self.generation, steps, policy))
+        images = self._fitting(
+            lambda: generate(self.pipe, prompts, rows, self.generation.model_copy(update=changed), steps, policy)
+        )
         made = time.perf_counter()
         objectives, scores = self.config.objectives, {}
         for name in dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane")):

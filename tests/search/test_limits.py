@@ -25,6 +25,10 @@ def world(new_world: Callable[..., Any]) -> Any:
     config["search"] |= {
         "first_images": 2, "max_images": 6 * ANCHORS + 8, "prior": probe_table(world.folder / "probe.parquet")
     }  # fmt: skip
+    config["confirm"] |= {
+        "margin": 9, "quality_margin": 9,  # so that something is picked
+        "neighbours": 2, "transfer": [{"num_inference_steps": 3}, {"guidance_scale": 1.0, "height": 32, "width": 48}],
+    }  # fmt: skip
     config["constraints"] = {"max_latency": 0.98, "min_fidelity": {"psnr": 15.0}}
     world.config.write_text(yaml.safe_dump(config))
     world.pause = 0
@@ -75,6 +79,30 @@ def test_what_a_probe_suggests_comes_behind_the_anchors(ended: list[optuna.trial
     origins = [t.user_attrs.get("origin") for t in ended]
     assert origins == [None] * ANCHORS + list(ORIGINS) + [None] * (16 - ANCHORS - len(ORIGINS))
     assert ended[ANCHORS].params["operand"] == "value"
+
+
+def test_what_picks_are_beyond_themselves_is_told(
+    world: Any, run_directory: Path, ended: list[optuna.trial.FrozenTrial]
+) -> None:
+    picked = [c for c in json.loads((run_directory / "confirmed.json").read_text())["confirmed"] if c["picks"]]
+    assert picked
+    report = (run_directory / "report.md").read_text()
+    for c in picked:
+        assert c["neighbours"]["count"] == 2
+        assert [told["setting"] for told in c["transfer"]] == yaml.safe_load(world.config.read_text())["confirm"][
+            "transfer"
+        ]
+        assert f"at guidance_scale 1.0, height 32, width 48: alignment {c['transfer'][1]['alignment']}, " in report
+    before = {p.stem: pd.read_parquet(p) for p in (run_directory / "scores").glob("*.parquet")}
+    numbers = {t.user_attrs["key"]: t.user_attrs.get("same_as", t.number) for t in reversed(ended)}
+    falls = {
+        c["key"]: min(
+            (before[name]["lamp:Brightness"] - before[f"trial-{numbers[c['key']]:04d}"]["lamp:Brightness"]).mean()
+            for name in before if name.startswith("neighbour-")
+        )
+        for c in picked
+    }  # fmt: skip
+    assert min(c["neighbours"]["alignment"] for c in picked) >= min(falls.values()) - 1e-9
 
 
 def test_constraints_decide_what_stands(run_directory: Path, ended: list[optuna.trial.FrozenTrial]) -> None:
