@@ -10,7 +10,7 @@ from typing import Any
 
 from .files import Unreadable
 
-_ATTRIBUTES = ("anchor", "key", "steps", "reason", "same_as", "metrics", "retry_of", "images", "dropped")
+_ATTRIBUTES = ("anchor", "key", "steps", "reason", "same_as", "metrics", "retry_of", "dropped")
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def confirm(study: Study) -> list[Confirmed]:
             quality=interval(p, config.objectives.quality),
             reported={name: interval(p, name) for name in config.objectives.reported},
             seconds=s, speedup=base_seconds / s,
-            predicted_speedup=study.costs.predict_policy(unmodified, steps) / p.latency,
+            predicted_speedup=study.unmodified.costs.predict_policy(unmodified, steps) / p.latency,
         )
         for p, s in zip(chosen, seconds, strict=True)
     ]  # fmt: skip

@@ -37,6 +37,12 @@ def read_probe(config: Config) -> Any:
     return table
 
 
+def prior(config: Config, model: ModelIdentity) -> dict[str, dict[str, Any]]:
+    """Choices of the space by where they are from."""
+    probe = read_probe(config)
+    return published(config, model) | (suggested(probe, config, model.num_blocks) if probe is not None else {})
+
+
 def suggested(table: Any, config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
     """What a probe's `table` suggests, by origin: louder text for each operand, reuse, both, and a skipped block."""
     if table["block"].max() >= num_blocks:

@@ -30,11 +30,12 @@ def worst_falls(study: Study, trial: optuna.trial.FrozenTrial) -> dict[str, floa
 
     missing = {name: one for name, one in names.items() if not (run.scores / f"{name}.parquet").exists()}
     study.pool.run(
-        [Job("measure", (c.policy, c.steps, "search", study.reference), name) for name, c in missing.items()], keep
+        [Job("measure", (c.policy, c.steps, "search", study.unmodified.images), name) for name, c in missing.items()],
+        keep,
     )
     measured = f"trial-{trial.user_attrs.get('same_as', trial.number):04d}"
-    own = study.differences(run.read_scores(measured))
-    falls = [(study.differences(run.read_scores(name)) - own).mean(axis=0) for name in names]
+    own = study.unmodified.differences(run.read_scores(measured))
+    falls = [(study.unmodified.differences(run.read_scores(name)) - own).mean(axis=0) for name in names]
     alignment, quality = np.min(falls, axis=0) if falls else (0.0, 0.0)
     return {"count": len(falls), "alignment": float(alignment), "quality": float(quality)}
 

@@ -51,9 +51,9 @@ def test_a_search_that_ended_early_is_finished_and_a_dropped_trial_stands_nowher
         database.execute(
             "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, 'ended', ?)", [sentence]
         )
-        for attribute in ("dropped", "true"), ("images", "2"):
-            query = "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (3, ?, ?)"
-            database.execute(query, attribute)
+        database.execute("INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (3, 'dropped', 'true')")
+        query = "UPDATE trial_user_attributes SET value_json = json_set(value_json, '$.images', 2)"
+        database.execute(f"{query} WHERE trial_id = 3 AND key = 'metrics'")
     database.close()
     run.read_scores("trial-0002")[:2].to_parquet(run.scores / "trial-0002.parquet", index=False)
     told = answer(RunFiles(run.path), "api/run")

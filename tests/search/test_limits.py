@@ -62,7 +62,7 @@ def test_a_limit_of_pictures_ends_a_search_that_more_of_them_resume(
     world: Any, run_directory: Path, stopped: list[optuna.trial.FrozenTrial], ended: list[optuna.trial.FrozenTrial]
 ) -> None:
     assert ANCHORS < len(stopped) < 16
-    drawn = sum(t.user_attrs.get("images", 0) for t in stopped)
+    drawn = sum(t.user_attrs["metrics"]["images"] for t in stopped)
     assert 6 * ANCHORS + 8 <= drawn < 6 * ANCHORS + 8 + 6  # what ran was brought to its end
     assert [t.values for t in ended[: len(stopped)]] == [t.values for t in stopped]
     assert [t.state.name for t in ended] == ["COMPLETE"] * 16
@@ -114,7 +114,7 @@ def test_constraints_decide_what_stands(run_directory: Path, ended: list[optuna.
         keeps = metrics["latency"] <= 0.98 * unmodified and metrics["psnr"] >= 15 and broken["insane_pictures"] <= 0
         assert stands(trial) == (keeps and "dropped" not in trial.user_attrs)
         if broken["max_latency"] > 0 and not {"anchor", "same_as"} & trial.user_attrs.keys():
-            assert trial.user_attrs["images"] == 2  # known before a picture is drawn
+            assert trial.user_attrs["metrics"]["images"] == 2  # known before a picture is drawn
     assert {stands(t) for t in ended} == {True, False}
 
 
@@ -127,7 +127,7 @@ def test_the_dropped_are_told_by_an_estimate_and_stand_nowhere(
     assert dropped
     for trial in measured:
         scores = pd.read_parquet(run_directory / "scores" / f"trial-{trial.number:04d}.parquet")
-        seen = trial.user_attrs["images"]
+        seen = int(trial.user_attrs["metrics"]["images"])
         assert len(scores) == seen
         assert (seen in (2, 4)) == ("dropped" in trial.user_attrs)
         assert seen == 6 or "anchor" not in trial.user_attrs
