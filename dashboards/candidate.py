@@ -50,6 +50,8 @@ def describe(files: RunFiles, name: str) -> dict[str, Any]:
         before, after = "unmodified", f"trial-{trial.attributes.get('same_as', trial.number):04d}"
         intervals = {}
     tables = _scores(files, before), _scores(files, after)
+    if "dropped" in trial.attributes:  # from the race, with the first pictures alone
+        tables = {column: values[: len(tables[1]["seed"])] for column, values in tables[0].items()}, tables[1]
     if tables[0].keys() != tables[1].keys() or len(tables[0]["seed"]) != len(tables[1]["seed"]):
         raise Unreadable(f"scores/{after}.parquet does not fit scores/{before}.parquet.")
     everything = np.ones(len(tables[0]["seed"]), bool)

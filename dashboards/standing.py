@@ -149,7 +149,7 @@ def _history(feasible: list[Trial], baseline: Point | None, images: int) -> tupl
         if "same_as" in trial.attributes:
             continue
         new = point(trial)
-        spent += trial.attributes.get("images", images)
+        spent += trial.attributes["metrics"].get("images", images)
         if "dropped" not in trial.attributes and not any(_matches(p, new) for p in front):
             front = [p for p in front if not _matches(new, p)] + [new]
             volume = hypervolume(front, baseline) if baseline else 0.0

@@ -10,7 +10,7 @@ from typing import Any
 
 from .files import Unreadable
 
-_ATTRIBUTES = ("anchor", "key", "steps", "reason", "same_as", "metrics", "retry_of", "worker", "images", "dropped")
+_ATTRIBUTES = ("anchor", "key", "steps", "reason", "same_as", "metrics", "retry_of", "worker", "dropped")
 
 
 @dataclass(frozen=True)

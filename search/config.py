@@ -65,9 +65,21 @@ class Objectives(_Section):
     reported: tuple[str, ...] = Field(default=("shapes_binary", "psnr"), description="evaluators recorded beside")
 
 
+class Constraints(_Section):
+    max_latency: PositiveFloat | None = Field(
+        default=None, description="predicted latency, a share of the unmodified model's: 0.7 is at least 1.43x as fast"
+    )
+    min_fidelity: dict[str, float] = Field(
+        default={}, description="what means of reported evaluators must reach, as `{psnr: 30}`"
+    )
+
+
 class Space(_Section):
     bands: PositiveInt = Field(
-        default=4, description="groups of neighbouring blocks that act alike; the number of blocks for each alone"
+        default=4,
+        le=64,
+        description="groups of neighbouring blocks that act alike; the number of blocks for each alone; each adds two "
+        "choices, and some hundred trials tell little about more than 64 bands",
     )
     reuse_every: tuple[int, ...] = Field(
         default=(2, 3, 4), description="choices of a band's reuse; computing is always one"
@@ -128,10 +140,22 @@ class Search(_Section):
         description="a candidate starts on few pictures and gets more while it may still add to the front; false: all "
         "pictures for each",
     )
+    prior: str | None = Field(
+        default=None,
+        description="the `probe.parquet` of a probe of this model: what it suggests is tried first, as are "
+        "published lists of blocks where the space has them",
+    )
     first_images: PositiveInt = Field(default=12, description="pictures that a candidate starts on in the race")
     storage: str | None = Field(
         default=None, description="any Optuna storage URL; SQLite in the run directory when not given"
     )
+
+
+class Transfer(_Section):
+    num_inference_steps: PositiveInt | None = None
+    guidance_scale: float | None = None
+    height: PositiveInt | None = None
+    width: PositiveInt | None = None
 
 
 class Confirm(_Section):
@@ -143,6 +167,14 @@ class Confirm(_Section):
         default=0.03, description="and how much quality; noise of one grey level costs 8 points of `crispness`"
     )
     repeats: PositiveInt = Field(default=3, description="timed generations per candidate")
+    neighbours: NonNegativeInt = Field(
+        default=0, description="so many neighbours in the space of each pick are measured on the search prompts"
+    )
+    transfer: tuple[Transfer, ...] = Field(
+        default=(),
+        description="settings at which picks are compared with the unmodified model as well, as "
+        "`[{guidance_scale: 4}]`; each changes some of num_inference_steps, guidance_scale, height, width",
+    )
 
 
 class Ray(_Section):
@@ -188,6 +220,7 @@ class Config(_Section):
     generation: Generation = Generation()
     prompts: Prompts = Prompts()
     objectives: Objectives = Objectives()
+    constraints: Constraints = Constraints()
     space: Space = Space()
     probe: Probe = Probe()
     search: Search = Search()
@@ -196,8 +229,9 @@ class Config(_Section):
     mlflow: Mlflow = Mlflow()
 
     def searched(self) -> dict[str, Any]:
-        """What makes two searches the same study: model, sampling, prompts, objectives and space; not budget."""
-        return self.model_dump(mode="json", include={"model", "generation", "prompts", "objectives", "space"})
+        """What makes two searches the same study: model, sampling, prompts, what is wanted and space; not budget."""
+        wanted = {"model", "generation", "prompts", "objectives", "constraints", "space"}
+        return self.model_dump(mode="json", include=wanted)
 
 
 def load_config(path: Path | None, overrides: list[str]) -> Config:
@@ -269,13 +303,15 @@ def page() -> str:
 def _accepted(told: dict[str, Any]) -> str:
     if "anyOf" in told:
         return " or ".join(_accepted(one) for one in told["anyOf"])
+    if "$ref" in told:
+        return "mapping"
     if "enum" in told:
         return ", ".join(f"`{value}`" for value in told["enum"])
     if told["type"] == "array":
         items = told.get("items") or {"type": "value"}
         return f"list of: {_accepted(items)}"
     kind: str = told["type"]
-    word = {"integer": "whole number", "null": "nothing"}.get(kind, kind)
+    word = {"integer": "whole number", "null": "nothing", "object": "mapping"}.get(kind, kind)
     if "exclusiveMinimum" in told:
         word += f" above {told['exclusiveMinimum']:g}"
     return word

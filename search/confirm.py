@@ -7,6 +7,7 @@ from ..policies import BlockPolicy
 from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, spread
 from .pool import Job
 from .prompts import read_prompts
+from .robustness import transfers, worst_falls
 from .storage import feasible, point_of
 from .study import Study
 
@@ -66,13 +67,21 @@ def confirm(study: Study) -> list[Confirmed]:
             quality=interval(p, config.objectives.quality),
             reported={name: interval(p, name) for name in config.objectives.reported},
             seconds=s, speedup=base_seconds / s,
-            predicted_speedup=study.costs.predict_policy(unmodified, steps) / p.latency,
+            predicted_speedup=study.unmodified.costs.predict_policy(unmodified, steps) / p.latency,
         )
         for p, s in zip(chosen, seconds, strict=True)
     ]  # fmt: skip
     picks = pick(confirmed, config.confirm.margin, config.confirm.quality_margin)
     for name, member in picks.items():
         member.picks.append(name)
+    picked = [c for c in confirmed if c.picks]
+    if picked and config.confirm.neighbours:
+        study.display.say(f"measuring {config.confirm.neighbours} neighbours of each pick")
+        for member in picked:
+            member.neighbours.update(worst_falls(study, trials[member.key]))
+    if picked and config.confirm.transfer:
+        study.display.say(f"measuring the picks at {len(config.confirm.transfer)} other settings")
+        transfers(study, picked, policies)
     for stale in run.policies.glob("*.json"):
         stale.unlink()
     # every confirmed candidate under the name of its trial, and the picks under theirs

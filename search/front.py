@@ -43,6 +43,8 @@ class Confirmed:
     speedup: float  # unmodified over this, measured in the same turn
     predicted_speedup: float
     picks: list[str] = field(default_factory=list)
+    neighbours: dict[str, float] = field(default_factory=dict)  # how many, and what the worst lost of each score
+    transfer: list[dict[str, Any]] = field(default_factory=list)  # settings, and the differences there in points
 
     def holds(self, margin: float, quality_margin: float) -> bool:
         """Whether neither alignment nor quality loses more than its margin, by the lower ends of their intervals."""

@@ -200,6 +200,7 @@ def write_report(run: RunDirectory, facts: dict[str, str]) -> None:
             + f" | {held} | {', '.join(c.picks)} |"
         )
     count = confirmed[0].alignment.n if confirmed else 0
+    robustness = [line for c in picks for line in _robustness(c)]
     lines += [
         "",
         f"Differences to the unmodified model in points (hundredths of the score), paired by prompt and seed "
@@ -208,11 +209,24 @@ def write_report(run: RunDirectory, facts: dict[str, str]) -> None:
         f"{100 * record['quality_margin']:.1f}. "
         "psnr is the fidelity to the unmodified picture in dB.",
         "",
+        *(["## Beyond the picks themselves", "", *robustness, ""] if robustness else []),
         "## Measured on",
         "",
         *(f"* {key}: {value}" for key, value in facts.items()),
     ]
     run.write_text(run.report, "\n".join(lines) + "\n")
+
+
+def _robustness(c: Confirmed) -> list[str]:
+    """What the neighbours of a pick lost, and what it does at other settings."""
+    name, lines = " / ".join(c.picks), []
+    if c.neighbours:
+        worst = f"alignment {100 * c.neighbours['alignment']:+.1f}, quality {100 * c.neighbours['quality']:+.1f} points"
+        lines.append(f"* **{name}**, the worst of {c.neighbours['count']} neighbours on the search prompts: {worst}")
+    for told in c.transfer:
+        setting = ", ".join(f"{key} {value}" for key, value in told["setting"].items())
+        lines.append(f"* **{name}** at {setting}: alignment {told['alignment']}, quality {told['quality']} points")
+    return lines
 
 
 def _interval_of(name: str, confirmed: Confirmed) -> str:

@@ -93,6 +93,27 @@ def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name
     return Candidate(BlockPolicy(name=name, model=model, rules=tuple(rules)), steps)
 
 
+def neighbours(params: dict[str, Any], config: Config, model: ModelIdentity) -> list[Candidate]:
+    """What differs from `params` in one choice by one notch: the next of a list's values, a tenth of a scale's axis.
+
+    Another operand is no notch, and what changes nothing is no neighbour.
+    """
+    own, found = candidate(params, config, model, "itself"), dict[str, Candidate]()
+    for name, choice in distributions(config, model.num_blocks).items():
+        values: list[Any] = []
+        if isinstance(choice, optuna.distributions.FloatDistribution):
+            notch = (choice.high / choice.low) ** 0.1
+            values = [max(params[name] / notch, choice.low), min(params[name] * notch, choice.high)]
+        elif isinstance(choice, optuna.distributions.CategoricalDistribution) and name != "operand":
+            at = choice.choices.index(params[name])
+            values = [choice.choices[i] for i in (at - 1, at + 1) if 0 <= i < len(choice.choices)]
+        for value in values:
+            near = candidate(params | {name: value}, config, model, f"{name} {value}")
+            if near.key != own.key:
+                found.setdefault(near.key, near)
+    return list(found.values())
+
+
 def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
     """Known points, measured first: what `candidate` takes, by the name they are reported under.
 

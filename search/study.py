@@ -6,20 +6,21 @@ resume, one that has them is told again, any other is run again.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from ..evaluators import CostTable, get, scale_of
+from ..evaluators import get
 from ..policies import BlockPolicy
 from .budget import Budget
 from .config import Config, ConfigError
+from .entry import Entry
 from .front import Point, hypervolume, non_dominated
 from .pool import Job, Pool
+from .prior import prior, read_probe
 from .progress import Display
 from .prompts import read_prompts
 from .racing import Race, rounds
@@ -27,7 +28,7 @@ from .run_directory import RunDirectory
 from .space import Candidate, anchors, candidate, distributions, steps_of, suggest
 from .storage import STUDY, feasible, open_storage, point_of, study_url
 from .tracking import Tracker
-from .worker import Measurement
+from .unmodified import Unmodified
 
 
 def _sampler(config: Config, seed: int) -> optuna.samplers.BaseSampler:
@@ -48,31 +49,13 @@ def check_objectives(config: Config) -> None:
         evaluator = get(name)
         if name not in objectives.reported and evaluator.direction != "maximize":
             raise ConfigError(f"objectives name {name!r}, which is to be minimised; accepted: evaluators to maximise.")
+    for name in config.constraints.min_fidelity:
+        if name not in objectives.reported:
+            accepted = ", ".join(objectives.reported)
+            raise ConfigError(f"constraints.min_fidelity names {name!r}; accepted: what is reported, {accepted}.")
+    read_probe(config)
     for split in ("search", "confirm"):
         read_prompts(config, split)
-
-
-@dataclass
-class Entry:
-    """A candidate in the race: how many pictures it may have after each round, and what those so far scored."""
-
-    trial: optuna.Trial
-    chosen: Candidate
-    rounds: Iterator[int]
-    scores: dict[str, np.ndarray] = field(default_factory=dict)  # per picture (n,) by evaluator
-    images: int = 0
-    generate_seconds: float = 0.0
-    score_seconds: float = 0.0
-    steps_saved: float = 0.0  # share of the steps of all pictures so far
-
-    def add(self, measured: Measurement) -> None:
-        parts = measured.scores.items()
-        self.scores = {k: np.concatenate([self.scores[k], v]) if k in self.scores else v for k, v in parts}
-        new = len(measured.images)
-        self.steps_saved = (self.images * self.steps_saved + new * measured.steps_saved) / (self.images + new)
-        self.images += new
-        self.generate_seconds += measured.generate_seconds
-        self.score_seconds += measured.score_seconds
 
 
 class Study:
@@ -84,41 +67,11 @@ class Study:
         self.prompts = read_prompts(config, "search")
         self._space = distributions(config, self.model.num_blocks)
         self._anchors = anchors(config, self.model.num_blocks)
-        self._prepare_baseline()
+        plain = candidate(self._anchors["unmodified"], config, self.model, "unmodified")
+        self.unmodified = Unmodified(plain, self.prompts, config, run, pool, display)
+        self.baseline = self.unmodified.point
+        self._race = Race(len(self.prompts), self.unmodified.slowest)
         self._open()
-
-    def _prepare_baseline(self) -> None:
-        """The unmodified model's pictures and scores, and the cost table: measured once, kept in the run directory."""
-        unmodified = candidate(self._anchors["unmodified"], self.config, self.model, "unmodified")
-        table = self.run.path / "cost_table.json"
-        if not table.exists():
-            self.display.say("measuring the cost of every block")
-            (job,) = self.pool.run([Job("cost_table", ())])
-            self.run.write_text(table, job.result.model_dump_json(indent=2) + "\n")
-        self.costs = CostTable.model_validate_json(table.read_text())
-        if not (self.run.scores / "unmodified.parquet").exists():
-            self.display.say("generating with the unmodified model")
-            (job,) = self.pool.run([Job("measure", (unmodified.policy, unmodified.steps, "search", None))])
-            self.run.write_images("unmodified", job.result.images)
-            self.run.write_scores("unmodified", self.prompts, job.result.scores)
-        images = self.run.read_images("unmodified")
-        self._reference = self.pool.put(images)
-        self._before = {name: v.to_numpy() for name, v in self.run.read_scores("unmodified").items()}
-        self._names = self.config.objectives.alignment, self.config.objectives.quality
-        self._scales = np.array([scale_of(get(name)) for name in self._names])
-        alignment, quality = (float(self._before[name].mean()) for name in self._names)
-        self.baseline = Point("unmodified", alignment, quality, self._latency(unmodified), unmodified.key)
-        slowest = max(self.costs.predict_policy(unmodified.policy, steps) for steps in steps_of(self.config))
-        self._race = Race(len(self.prompts), slowest)
-
-    def _differences(self, scores: Mapping[Any, Any]) -> np.ndarray:
-        """Alignment and quality of every picture against the unmodified model's, in shares of 100 points, `(n, 2)`."""
-        both = [np.asarray(scores[name]) - self._before[name][: len(scores[name])] for name in self._names]
-        return np.stack(both, axis=1) / self._scales
-
-    def _latency(self, chosen: Candidate) -> float:
-        """Predicted seconds of a batch: noise of timing would mislead the sampler; confirm times for real."""
-        return self.costs.predict_policy(chosen.policy, chosen.steps)
 
     def _open(self) -> None:
         """Create the Optuna study or take it up again: a stored one must be of the same search, its zombies re-run."""
@@ -140,11 +93,12 @@ class Study:
         self.study.set_user_attr("description", on | {"versions": described.versions})
         trials = self.study.get_trials(deepcopy=False)
         self.study.sampler = _sampler(self.config, self.config.search.seed + len(trials))
-        enqueued = {t.user_attrs.get("anchor") for t in trials}
-        for name, params in self._anchors.items():
-            if name not in enqueued:  # a kill may have come between two of them
-                inside = {} if self._outside(name) else {k: v for k, v in params.items() if k in self._space}
-                self.study.enqueue_trial(inside, user_attrs={"anchor": name})
+        for mark, points in (("anchor", self._anchors), ("origin", prior(self.config, self.model))):
+            enqueued = {t.user_attrs.get(mark) for t in trials}
+            for name, params in points.items():
+                if name not in enqueued:  # a kill may have come between two of them
+                    inside = {} if self._outside(params) else {k: v for k, v in params.items() if k in self._space}
+                    self.study.enqueue_trial(inside, user_attrs={mark: name})
         retried = {t.user_attrs.get("retry_of") for t in trials}
         for zombie in trials:
             if zombie.state != TrialState.RUNNING:
@@ -153,8 +107,8 @@ class Study:
                 self._close(zombie)
                 continue
             if zombie.number not in retried:  # one with a retry was met by a resume that was killed itself
-                again = {k: v for k, v in zombie.user_attrs.items() if k == "anchor"} | {"retry_of": zombie.number}
-                self.study.enqueue_trial(zombie.params, user_attrs=again)
+                again = {k: v for k, v in zombie.user_attrs.items() if k in ("anchor", "origin")}
+                self.study.enqueue_trial(zombie.params, user_attrs=again | {"retry_of": zombie.number})
             self.study.tell(zombie.number, state=TrialState.FAIL)
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         # of equal ones the first: it was measured, the others stand on it
@@ -162,7 +116,7 @@ class Study:
         for trial in feasible(self.study):
             if "same_as" not in trial.user_attrs:
                 scores = self.run.read_scores(f"trial-{trial.number:04d}")
-                self._race.finish(self._differences(scores), point_of(trial).latency)
+                self._race.finish(self.unmodified.differences(scores), point_of(trial).latency)
         self._allow(self.spent())
 
     def finished(self) -> int:
@@ -206,18 +160,18 @@ class Study:
     def _draw(self, entry: Entry) -> None:
         """The pictures of the next round, on a free worker."""
         policy, steps = entry.chosen.policy, entry.chosen.steps
-        job = Job("measure", (policy, steps, "search", self._reference, next(entry.rounds), entry.images), entry)
+        job = Job("measure", (policy, steps, "search", self.unmodified.images, next(entry.rounds), entry.images), entry)
         self.pool.submit(job)
         entry.trial.set_user_attr("worker", job.worker)
 
-    def _outside(self, anchor: str) -> bool:
-        """Whether the anchor lies outside of the space: its sampler must not learn from it."""
-        return self._anchors[anchor]["steps"] not in steps_of(self.config)
+    def _outside(self, params: dict[str, Any]) -> bool:
+        """Whether an anchor lies outside of the space: its sampler must not learn from it."""
+        return params["steps"] not in steps_of(self.config)
 
     def _ask(self) -> tuple[optuna.Trial, Candidate]:
         trial = self.study.ask()
-        anchor: str | None = trial.user_attrs.get("anchor")
-        params = self._anchors[anchor] if anchor and self._outside(anchor) else suggest(trial, self._space)
+        known = self._anchors.get(trial.user_attrs.get("anchor", ""))
+        params = known if known and self._outside(known) else suggest(trial, self._space)
         return trial, candidate(params, self.config, self.model, f"trial {trial.number}")
 
     def _tell_known(self, trial: optuna.Trial, chosen: Candidate) -> None:
@@ -226,8 +180,9 @@ class Study:
         trial.set_user_attr("same_as", known.number)
         if "dropped" in known.user_attrs:
             trial.set_user_attr("dropped", True)
-        trial.set_constraint("insane_pictures", known.constraints["insane_pictures"])
-        unspent = {"generate_seconds": 0.0, "score_seconds": 0.0, "steps_saved": 1.0}
+        for name, excess in known.constraints.items():
+            trial.set_constraint(name, excess)
+        unspent = {"images": 0.0, "generate_seconds": 0.0, "score_seconds": 0.0, "steps_saved": 1.0}
         self._attributes(trial, chosen, metrics=known.user_attrs["metrics"] | unspent)
         self._close(trial)
         self._after(trial.number, chosen, 0, 0.0)
@@ -260,39 +215,35 @@ class Study:
         reason = job.error
         if job.result is not None:
             entry.add(job.result)
-            broken = [name for name, values in entry.scores.items() if not np.isfinite(values).all()]
-            reason = f"{', '.join(broken)} gave scores that are not finite" if broken else None
+            reason = entry.not_finite()
         if reason:
             self._attributes(trial, chosen, reason=reason)
             self._close(trial)
             self.display.say(f"trial {trial.number} failed: {reason}")
             self._after(trial.number, chosen, 0, 0.0)
             return True
-        seen, latency = entry.images, self._latency(chosen)
-        insane = float((entry.scores["sane"] < 1).sum() - (self._before["sane"][:seen] < 1).sum())
-        differences, dropped = self._differences(entry.scores), seen < len(self.prompts)
-        if dropped and insane <= 0 and self._race.goes_on(differences, latency):
+        seen, latency = entry.images, self.unmodified.latency(chosen)
+        against = self.config.constraints, self.unmodified.scores, latency / self.baseline.latency
+        differences, dropped = self.unmodified.differences(entry.scores), seen < len(self.prompts)
+        hopes = max(entry.certain(*against).values()) <= 0
+        if dropped and hopes and self._race.goes_on(differences, latency):
             self._draw(entry)
             return False
-        # of one that was dropped what all its pictures would have scored, as far as those seen tell; it looked bad, so
-        # that luck, which raises the best of many, cannot make it look good to the sampler
-        means = {
-            name: float(self._before[name].mean() + (values - self._before[name][:seen]).mean())
-            for name, values in entry.scores.items()
-        }
-        metrics = means | {
+        metrics = entry.means(self.unmodified.scores) | {
             "latency": latency,
             "speedup": self.baseline.latency / latency,
+            "images": float(seen),
             "generate_seconds": entry.generate_seconds,
             "score_seconds": entry.score_seconds,
             "steps_saved": entry.steps_saved,
         }
         self.run.write_scores(f"trial-{trial.number:04d}", self.prompts[:seen], entry.scores)
-        trial.set_constraint("insane_pictures", insane)
-        trial.set_user_attr("images", seen)
+        broken = entry.excesses(*against)
+        for name, excess in broken.items():
+            trial.set_constraint(name, excess)
         if dropped:
             trial.set_user_attr("dropped", True)
-        elif insane <= 0:
+        elif max(broken.values()) <= 0:
             self._race.finish(differences, latency)
         self._attributes(trial, chosen, metrics=metrics)
         self._known.setdefault(chosen.key, self._close(trial))
@@ -318,18 +269,19 @@ class Study:
         `steps_saved` is the share of their denoising steps that earlier candidates had taken alike.
         """
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        measured = [t.user_attrs for t in trials if "same_as" not in t.user_attrs]
-        told = [(m["metrics"], m.get("images", len(self.prompts))) for m in measured]
-        seconds = sum(metrics["generate_seconds"] + metrics["score_seconds"] for metrics, _ in told)
-        images = sum(count for _, count in told)
-        saved = sum(metrics.get("steps_saved", 0.0) * count for metrics, count in told)
+        measured = [t.user_attrs["metrics"] for t in trials if "same_as" not in t.user_attrs]
+        seconds = sum(m["generate_seconds"] + m["score_seconds"] for m in measured)
+        images = sum(m.get("images", len(self.prompts)) for m in measured)
+        saved = sum(m.get("steps_saved", 0.0) * m.get("images", len(self.prompts)) for m in measured)
         spent = {"images": float(images), "worker_seconds": seconds, "steps_saved": saved / max(1, images)}
         return spent | ({"gpu_seconds": seconds * self.pool.gpus} if self.pool.gpus else {})
 
     def _allow(self, spent: dict[str, float]) -> None:
         """How long a worker may be silent, by what the largest job would have taken so far."""
         if self.config.ray.timeout_s is None and spent["images"]:
-            most = max(len(read_prompts(self.config, split)) for split in ("search", "confirm"))
+            confirm, batch = self.config.confirm, self.config.generation.batch
+            timed = (confirm.candidates + len(self._anchors)) * confirm.repeats * batch
+            most = max(timed, len(self.prompts), len(read_prompts(self.config, "confirm")))
             self.pool.limit = 60 + 20 * most * spent["worker_seconds"] / spent["images"]
 
     def _after(self, number: int, chosen: Candidate, images: int, seconds: float) -> None:
@@ -356,6 +308,6 @@ class Study:
         """A trial's point with alignment and quality lower by the standard error of what they differ from baseline."""
         point = point_of(trial)
         number = trial.user_attrs.get("same_as", trial.number)
-        differences = self._differences(self.run.read_scores(f"trial-{number:04d}"))
-        alignment, quality = self._scales * differences.std(axis=0, ddof=1) / np.sqrt(len(differences))
+        differences = self.unmodified.differences(self.run.read_scores(f"trial-{number:04d}"))
+        alignment, quality = self.unmodified.scales * differences.std(axis=0, ddof=1) / np.sqrt(len(differences))
         return replace(point, alignment=point.alignment - alignment, quality=point.quality - quality)

@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -61,7 +61,8 @@ class Worker:
             self.dtype = "bfloat16" if self.device == "cuda" else self._faster_dtype()
         self.pipe = load(config.model.path, self.device, getattr(torch, self.dtype))
         self._splits: dict[str, tuple[tuple[Prompt, ...], Rows]] = {}
-        self._prefixes: dict[str, Prefixes] = {}  # of the split that was measured last
+        self._shared: tuple[str, dict[str, Any] | None] | None = None  # what was drawn last
+        self._prefixes = Prefixes(config.ray.prefix_gib)  # of it
 
     def _faster_dtype(self) -> str:
         """bfloat16 pays only on CPUs that multiply it natively, so both are timed on two steps of one batch."""
@@ -74,11 +75,15 @@ class Worker:
             seconds[dtype] = time_runs(run, repeats=3)
         return min(seconds, key=seconds.__getitem__)
 
-    def _split(self, name: str) -> tuple[tuple[Prompt, ...], Rows]:
-        if name not in self._splits:
+    def _split(self, name: str, guidance: float | None = None) -> tuple[tuple[Prompt, ...], Rows]:
+        generation = self.config.generation
+        if guidance is not None:  # embeddings hold the negative prompts' or not
+            generation = generation.model_copy(update={"guidance_scale": guidance})
+        key = f"{name} {generation.guidance_scale > 1}"
+        if key not in self._splits:
             prompts = read_prompts(self.config, name)
-            self._splits[name] = (prompts, embed(self.pipe, [p.text for p in prompts], self.config.generation))
-        return self._splits[name]
+            self._splits[key] = (prompts, embed(self.pipe, [p.text for p in prompts], generation))
+        return self._splits[key]
 
     def describe(self) -> Description:
         import diffusers
@@ -105,20 +110,22 @@ class Worker:
         reference: np.ndarray | None,
         count: int | None = None,
         start: int = 0,
+        changed: dict[str, Any] | None = None,
     ) -> Measurement:
         """The split's pictures, or those from `start` to `count`, under `policy`, scored.
 
-        `reference` are the unmodified model's pictures of the whole split.
+        `reference` are the unmodified model's pictures of the whole split; `changed` are fields of `generation`.
         """
-        prompts, rows = self._split(split)
+        prompts, rows = self._split(split, (changed or {}).get("guidance_scale"))
         part = slice(start, count)
         prompts, rows = prompts[part], some(rows, part)
-        if split not in self._prefixes:
-            self._prefixes = {split: Prefixes(self.config.ray.prefix_gib)}
-        prefixes = self._prefixes[split]
+        if self._shared != (split, changed):  # other settings make other pictures of the same seeds
+            self._shared, self._prefixes = (split, changed), Prefixes(self.config.ray.prefix_gib)
+        prefixes = self._prefixes
         taken, given = prefixes.steps, prefixes.given
         begin = time.perf_counter()
-        images = self._fitting(lambda: generate(self.pipe, prompts, rows, self.generation, steps, policy, prefixes))
+        settings = lambda: self.generation.model_copy(update=changed)  # noqa: E731 (its batch may be halved meanwhile)
+        images = self._fitting(lambda: generate(self.pipe, prompts, rows, settings(), steps, policy, prefixes))
         made = time.perf_counter()
         saved = (prefixes.given - given) / (prefixes.steps - taken) if prefixes.steps > taken else 0.0
         objectives, scores = self.config.objectives, {}

@@ -91,7 +91,7 @@ function marks(run) {
     };
     const unmodified = t.name[i] === "unmodified";
     const kind = unmodified ? "star" : t.anchor[i] ? "anchor" : t.feasible[i] ? "trial" : "infeasible";
-    const notes = [t.front[i] && "on the front", !t.feasible[i] && "infeasible: pictures are broken"].filter(Boolean);
+    const notes = [t.front[i] && "on the front", !t.feasible[i] && "infeasible: a constraint is broken"].filter(Boolean);
     const told = `${times(at.speed)} speed, ${signed(at.alignment)} points alignment, ${signed(at.quality)} quality`;
     const label = `${title(t.name[i])}: ${[told, ...notes].join(", ")}`;
     found.push({ kind, slug: t.slug[i], name: t.name[i], at, front: t.front[i], label, seen: kind === "anchor" && held.has(t.slug[i]) });

@@ -10,12 +10,13 @@ import pytest
 from blocktune.dashboards.answers import answer
 from blocktune.dashboards.files import Missing, RunFiles
 from blocktune.policies import BlockPolicy
+from blocktune.search.config import Search
 from blocktune.search.run_directory import RunDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from .conftest import HOSTILE, STEPS, Page
+from .conftest import HOSTILE, STEPS, Page, write_run
 
 
 def _held_out(run: RunDirectory) -> str:
@@ -38,6 +39,28 @@ def test_the_run_is_told_as_its_files_say(run: RunDirectory, page: Page) -> None
     assert confirmed["speedup"] == stored["speedup"]
     assert confirmed["picks"] == ["balanced"]
     assert confirmed["alignment"]["low"] == pytest.approx(stored["alignment"]["low"], abs=1e-6)
+
+
+def test_a_search_that_ended_early_is_finished_and_a_dropped_trial_stands_nowhere(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    config = run.load_config()
+    run.write_text(run.config, config.model_copy(update={"search": Search(trials=9)}).model_dump_json())
+    whole = answer(RunFiles(run.path), "api/run")
+    with sqlite3.connect(run.path / "study.db") as database:  # Optuna itself changes no finished trial
+        sentence = json.dumps("search.patience: the hypervolume has not grown in 2 trials")
+        database.execute(
+            "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, 'ended', ?)", [sentence]
+        )
+        database.execute("INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (3, 'dropped', 'true')")
+        query = "UPDATE trial_user_attributes SET value_json = json_set(value_json, '$.images', 2)"
+        database.execute(f"{query} WHERE trial_id = 3 AND key = 'metrics'")
+    database.close()
+    run.read_scores("trial-0002")[:2].to_parquet(run.scores / "trial-0002.parquet", index=False)
+    told = answer(RunFiles(run.path), "api/run")
+    assert (whole["state"], told["state"]) == ("searching", "finished")
+    assert (whole["trials"]["front"][2], told["trials"]["front"][2]) == (True, False)
+    assert (whole["hypervolume"]["images"], told["hypervolume"]["images"]) == ([0, 4, 8, 12], [0, 4, 8, 10])
+    assert len(answer(RunFiles(run.path), "api/candidates/trial-2")["pairs"]["seed"]) == 2
 
 
 def test_a_candidate_is_told_picture_by_picture(run: RunDirectory, page: Page) -> None:

@@ -197,6 +197,7 @@ def test_the_same_search_again_tells_what_is_there(
     confirmed = json.loads((run / "confirmed.json").read_text())["confirmed"]
     assert confirmed
     assert all(c["name"] in told for c in confirmed)
+    assert f"it ended at search.trials: {TRIALS} are done" in told
     assert "--resume --set search.trials=" in told
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 

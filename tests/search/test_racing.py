@@ -1,17 +1,8 @@
-"""The race alone, on made-up scores, and in a real search that ends at one limit after the other."""
+"""The race alone, on made-up scores."""
 
-import json
-import sqlite3
-from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import optuna
-import pandas as pd
-import pytest
-import yaml
 from blocktune.search.front import Point, hypervolume
 from blocktune.search.racing import Race, rounds
 from hypothesis import given
@@ -89,82 +80,3 @@ def test_who_may_still_add_to_the_front_goes_on() -> None:
 
 def test_the_first_one_goes_on_without_warnings() -> None:
     assert Race(8, 1.0).goes_on(np.zeros((1, 2)), 0.9)
-
-
-# One search: it ends at max_images, then at patience, then at its trials.
-
-ANCHORS = 5
-
-
-@pytest.fixture(scope="module")
-def world(new_world: Callable[..., Any]) -> Any:
-    world = new_world(trials=16)
-    config = yaml.safe_load(world.config.read_text())
-    config["prompts"] |= {"search": str(world.folder / "confirm.jsonl"), "search_images": 6}
-    config["search"] |= {"first_images": 2, "max_images": 6 * ANCHORS + 8}
-    world.config.write_text(yaml.safe_dump(config))
-    world.pause = 0
-    return world
-
-
-@pytest.fixture(scope="module")
-def run_directory(world: Any) -> Path:
-    return world.folder / "run"
-
-
-def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="blocktune", storage=f"sqlite:///{run / 'study.db'}").get_trials()
-
-
-@pytest.fixture(scope="module")
-def stopped(world: Any, run_directory: Path) -> list[optuna.trial.FrozenTrial]:
-    done = world.run("search", world.config, "--out", run_directory)
-    assert "the search ends at search.max_images: " in done.stderr
-    return trials_of(run_directory)
-
-
-@pytest.fixture(scope="module")
-def ended(world: Any, run_directory: Path, stopped: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
-    done = world.run("search", world.config, "--out", run_directory, "--resume", "--set", "search.max_images=null")
-    assert "the search ends at search.trials: 16 are done" in done.stderr
-    return trials_of(run_directory)
-
-
-def test_a_limit_of_pictures_ends_a_search_that_more_of_them_resume(
-    world: Any, run_directory: Path, stopped: list[optuna.trial.FrozenTrial], ended: list[optuna.trial.FrozenTrial]
-) -> None:
-    assert ANCHORS < len(stopped) < 16
-    drawn = sum(t.user_attrs.get("images", 0) for t in stopped)
-    assert 6 * ANCHORS + 8 <= drawn < 6 * ANCHORS + 8 + 6  # what ran was brought to its end
-    assert [t.values for t in ended[: len(stopped)]] == [t.values for t in stopped]
-    assert [t.state.name for t in ended] == ["COMPLETE"] * 16
-
-
-def test_the_reason_of_the_end_is_told(world: Any, run_directory: Path, ended: list[optuna.trial.FrozenTrial]) -> None:
-    assert "* ended by: search.trials: 16 are done" in (run_directory / "report.md").read_text()
-    with sqlite3.connect(run_directory / "mlflow.db") as database:
-        (told,) = database.execute("select value from tags where key = 'ended'").fetchall()
-    assert told == ("search.trials: 16 are done",)
-    again = world.run("search", "--resume", "--out", run_directory).stdout
-    assert "it ended at search.trials: 16 are done" in again
-
-
-def test_the_dropped_are_told_by_an_estimate_and_stand_nowhere(
-    world: Any, run_directory: Path, ended: list[optuna.trial.FrozenTrial]
-) -> None:
-    before = pd.read_parquet(run_directory / "scores" / "unmodified.parquet")
-    measured = [t for t in ended if "same_as" not in t.user_attrs]
-    dropped = [t for t in measured if "dropped" in t.user_attrs]
-    assert dropped
-    for trial in measured:
-        scores = pd.read_parquet(run_directory / "scores" / f"trial-{trial.number:04d}.parquet")
-        seen = trial.user_attrs["images"]
-        assert len(scores) == seen
-        assert (seen in (2, 4)) == ("dropped" in trial.user_attrs)
-        assert seen == 6 or "anchor" not in trial.user_attrs
-        for value, name in zip(trial.values, ("lamp:Brightness", "crispness"), strict=False):
-            assert value == pytest.approx(before[name].mean() + (scores[name] - before[name][:seen]).mean(), abs=1e-12)
-    names = {f"trial {t.number}" for t in ended if "dropped" in t.user_attrs}
-    confirmed = {c["name"] for c in json.loads((run_directory / "confirmed.json").read_text())["confirmed"]}
-    front = {row["name"] for row in json.loads(world.run("front", run_directory, "--format", "json").stdout)}
-    assert not names & (confirmed | front)

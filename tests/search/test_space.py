@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from blocktune.policies import Plan
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Config, Generation, Space
-from blocktune.search.space import NEVER, QUIET, anchors, bands, candidate, distributions
+from blocktune.search.space import NEVER, QUIET, anchors, bands, candidate, distributions, neighbours
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +67,25 @@ def test_other_steps_or_actions_change_the_key(model: ModelIdentity) -> None:
     config = Config()
     keys = [candidate(values, config, model, name).key for name, values in anchors(config, 12).items()]
     assert len(set(keys)) == len(keys)
+
+
+@given(params)
+def test_neighbours_differ_in_one_choice_by_one_notch(
+    model: ModelIdentity, drawn: tuple[Config, dict[str, Any]]
+) -> None:
+    config, values = drawn
+    near = neighbours(values, config, model)
+    own = candidate(values, config, model, "x")
+    assert own.key not in {n.key for n in near}
+    assert len({n.key for n in near}) == len(near) <= 2 * len(values)
+    for one in near:
+        name, value = one.policy.name.split(" ")
+        told = type(values[name])(value)
+        if name.startswith("scale_"):
+            assert abs(np.log(told / values[name])) <= 0.1 * np.log(1.8) + 1e-9
+        else:
+            choices = list(distributions(config, 12)[name].choices)
+            assert abs(choices.index(told) - choices.index(values[name])) == 1
 
 
 @given(configs)

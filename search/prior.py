@@ -1,0 +1,86 @@
+"""Candidates that a search tries first: what a probe of this model suggests, and lists of blocks that were published.
+
+Each is spelled as choices of the space, and left out where the space does not have them: a probe tells of blocks, and a
+band does what its blocks suggest.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..policies.policy import ModelIdentity
+from .config import Config, ConfigError
+from .space import anchors, bands
+
+COLUMNS = ("block", "effect", "kind", "delta")
+# Class of the transformer, its blocks, the blocks whose text input is scaled, by how much, and where it is from.
+PUBLISHED = (
+    ("FluxTransformer2DModel", 57, (2, 7, 12, 17, 22), 1.5, "FLUX [2,7,12,17,22] x1.5"),  # arXiv 2601.02211, README
+)
+
+
+def read_probe(config: Config) -> Any:
+    """The table that `search.prior` names, None where it names none; ConfigError for what is not a probe's."""
+    path = config.search.prior
+    if path is None:
+        return None
+    try:
+        table = pd.read_parquet(path)
+    except OSError as error:
+        told = error.strerror or "no such file"  # pandas leaves it out
+        raise ConfigError(f"search.prior is {path!r}, which cannot be read: {told}.") from None
+    except ValueError:
+        table = pd.DataFrame()
+    if not set(COLUMNS) <= set(table.columns):
+        raise ConfigError(f"search.prior is {path!r}; accepted: the probe.parquet that blocktune probe writes.")
+    return table
+
+
+def prior(config: Config, model: ModelIdentity) -> dict[str, dict[str, Any]]:
+    """Choices of the space by where they are from."""
+    probe = read_probe(config)
+    return published(config, model) | (suggested(probe, config, model.num_blocks) if probe is not None else {})
+
+
+def suggested(table: Any, config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
+    """What a probe's `table` suggests, by origin: louder text for each operand, reuse, both, and a skipped block."""
+    if table["block"].max() >= num_blocks:
+        told = f"has a block {table['block'].max()}; this model's are 0 to {num_blocks - 1}"
+        raise ConfigError(f"search.prior is {config.search.prior!r}, which {told}.")
+    space, plain = config.space, anchors(config, num_blocks)["unmodified"]
+    groups = bands(space, num_blocks)
+    means = table[table["kind"] == "all"].groupby(["effect", "block"])["delta"].mean()
+    effects = {effect: means[effect] for effect in means.index.unique("effect")}
+    points: dict[str, dict[str, Any]] = {}
+    gains: dict[str, float] = {}
+    for operand in space.operands:
+        best = effects.get(f"enhance {operand}", pd.Series(dtype=float)).nlargest(config.probe.chosen)
+        best = best[best > 0]
+        if len(best):
+            scale, name = min(config.probe.scale, space.max_scale), f"probe: louder {operand}"
+            louder = {f"scale_{i}": scale for i, blocks in enumerate(groups) if set(blocks) & set(best.index)}
+            points[name] = plain | {"operand": operand} | louder
+            gains[name] = float(best.sum())
+    if "reuse" in effects and space.reuse_every:
+        # blocks that a coarse probe left out are those that reuse harms most
+        harmless = [effects["reuse"].reindex(blocks).mean() for blocks in groups]
+        kept = np.argsort(-np.nan_to_num(harmless, nan=-np.inf), kind="stable")[: (len(groups) + 1) // 2]
+        reuse = {f"reuse_{i}": max(space.reuse_every) for i in kept if not np.isnan(harmless[i])}
+        points["probe: reuse"] = plain | reuse
+        if gains:
+            points["probe: reuse and louder"] = points[max(gains, key=gains.__getitem__)] | reuse
+    if "remove" in effects and space.skip:
+        points["probe: skip"] = plain | {"skip": int(effects["remove"].idxmax()), "skip_from": 0.5}
+    return points
+
+
+def published(config: Config, model: ModelIdentity) -> dict[str, dict[str, Any]]:
+    """Published lists for this model, where the space has a band for every block and what else they take."""
+    space, points = config.space, {}
+    for transformer, num_blocks, blocks, scale, origin in PUBLISHED:
+        fits = (model.transformer, model.num_blocks) == (transformer, num_blocks) and space.bands >= num_blocks
+        if fits and "input" in space.operands and 1.0 in space.text_until and scale <= space.max_scale:
+            louder = {"operand": "input", "text_until": 1.0} | {f"scale_{b}": scale for b in blocks}
+            points[origin] = anchors(config, num_blocks)["unmodified"] | louder
+    return points

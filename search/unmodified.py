@@ -1,0 +1,50 @@
+"""The unmodified model on the search prompts: what every candidate is compared with, measured once and kept."""
+
+from typing import Any
+
+import numpy as np
+
+from ..evaluators import CostTable, Prompt, get, scale_of
+from .config import Config
+from .front import Point
+from .pool import Job, Pool
+from .progress import Display
+from .run_directory import RunDirectory
+from .space import Candidate, steps_of
+
+
+class Unmodified:
+    """Its pictures, their scores, and the cost of its blocks, in the run directory; measured where they are missing."""
+
+    def __init__(
+        self, plain: Candidate, prompts: tuple[Prompt, ...], config: Config, run: RunDirectory, pool: Pool,
+        display: Display,
+    ):  # fmt: skip
+        table = run.path / "cost_table.json"
+        if not table.exists():
+            display.say("measuring the cost of every block")
+            (job,) = pool.run([Job("cost_table", ())])
+            run.write_text(table, job.result.model_dump_json(indent=2) + "\n")
+        self.costs = CostTable.model_validate_json(table.read_text())
+        if not (run.scores / "unmodified.parquet").exists():
+            display.say("generating with the unmodified model")
+            (job,) = pool.run([Job("measure", (plain.policy, plain.steps, "search", None))])
+            run.write_images("unmodified", job.result.images)
+            run.write_scores("unmodified", prompts, job.result.scores)
+        self.images = pool.put(run.read_images("unmodified"))  # shared with all workers
+        self.scores = {str(name): column.to_numpy() for name, column in run.read_scores("unmodified").items()}
+        self._objectives = config.objectives.alignment, config.objectives.quality
+        self.scales = np.array([scale_of(get(name)) for name in self._objectives])  # what counts as 100 points
+        alignment, quality = (float(self.scores[name].mean()) for name in self._objectives)
+        self.point = Point("unmodified", alignment, quality, self.latency(plain), plain.key)
+        # in seconds, at the most steps that a candidate may take
+        self.slowest = max(self.costs.predict_policy(plain.policy, steps) for steps in steps_of(config))
+
+    def latency(self, chosen: Candidate) -> float:
+        """Predicted seconds of a batch: noise of timing would mislead the sampler; confirm times for real."""
+        return self.costs.predict_policy(chosen.policy, chosen.steps)
+
+    def differences(self, scores: Any) -> np.ndarray:
+        """Alignment and quality of the first pictures less its own, in shares of 100 points: `(n, 2)`."""
+        both = [np.asarray(scores[name]) - self.scores[name][: len(scores[name])] for name in self._objectives]
+        return np.stack(both, axis=1) / self.scales

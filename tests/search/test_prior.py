@@ -1,0 +1,109 @@
+"""What a probe suggests and what was published, as choices of the space."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from blocktune.policies import Reuse, ScaleText, Skip
+from blocktune.policies.policy import ModelIdentity
+from blocktune.search.config import Config, ConfigError, Search, Space
+from blocktune.search.prior import published, read_probe, suggested
+from blocktune.search.space import candidate, distributions
+from hypothesis import given
+from hypothesis import strategies as st
+
+BLOCKS = 12
+ORIGINS = ("probe: louder value", "probe: reuse", "probe: reuse and louder", "probe: skip")
+
+
+def rows(effect: str, deltas: dict[int, float]) -> list[dict[str, Any]]:
+    told = [{"block": b, "effect": effect, "window": "0-1", "kind": "all", "delta": d} for b, d in deltas.items()]
+    # what one kind of prompts says is not asked
+    return told + [row | {"kind": "single", "delta": -row["delta"]} for row in told]
+
+
+def table() -> pd.DataFrame:
+    """Louder text helps at blocks 4 and 5 and nothing helps by its key; 9 is idle, reuse harms the first blocks."""
+    return pd.DataFrame(
+        rows("enhance value", {3: -0.01, 4: 0.02, 5: 0.01})
+        + rows("enhance key", {0: -0.03, 1: -0.01})
+        + rows("reuse", {b: -0.02 for b in range(3)} | {b: -0.001 * (12 - b) for b in range(3, 9)})
+        + rows("remove", {9: 0.0, 10: -0.05})
+    )
+
+
+def probe_table(path: Path) -> str:
+    table().to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_sd3_pipeline: Callable[..., Any]) -> ModelIdentity:
+    return ModelIdentity.of(tiny_sd3_pipeline(num_layers=BLOCKS))
+
+
+def test_bands_do_what_their_blocks_suggest(model: ModelIdentity) -> None:
+    config = Config()  # four bands of three blocks
+    points = suggested(table(), config, BLOCKS)
+    assert tuple(points) == ORIGINS
+    rules = {name: candidate(point, config, model, name).policy.rules for name, point in points.items()}
+    (louder,) = rules["probe: louder value"]
+    assert (louder.blocks, louder.action) == ((3, 4, 5), ScaleText(operand="value", scale=1.5))
+    # no block of the last band was worth the probe's time, so two of the other three reuse
+    reusing = {r.blocks: r.action for r in rules["probe: reuse"]}
+    assert reusing == {(3, 4, 5): Reuse(every=4), (6, 7, 8): Reuse(every=4)}
+    assert len(rules["probe: reuse and louder"]) == 3
+    (skip,) = rules["probe: skip"]
+    assert (skip.blocks, skip.action) == ((9,), Skip())
+
+
+def test_a_band_for_every_block_takes_single_blocks(model: ModelIdentity) -> None:
+    config = Config(space=Space(bands=BLOCKS))
+    (louder, *_) = suggested(table(), config, BLOCKS).values()
+    (rule, other) = candidate(louder, config, model, "x").policy.rules
+    assert (rule.blocks, other.blocks) == ((4,), (5,))
+
+
+@given(
+    st.integers(1, 14), st.booleans(), st.sampled_from([(), (3,), (2, 4)]), st.sampled_from(["input", "key", "value"]),
+    st.floats(1.1, 3.0),
+)  # fmt: skip
+def test_every_suggestion_lies_in_the_space(
+    count: int, skip: bool, every: tuple[int, ...], operand: Any, scale: float
+) -> None:
+    config = Config(
+        space=Space(bands=count, skip=skip, reuse_every=every, operands=(operand,), max_scale=scale, anchor_steps=())
+    )
+    choices = distributions(config, BLOCKS)
+    for point in suggested(table(), config, BLOCKS).values():
+        for name, choice in choices.items():
+            assert choice._contains(choice.to_internal_repr(point[name])), name
+
+
+def test_what_is_no_probe_of_this_model_is_one_sentence(tmp_path: Path) -> None:
+    def prior(path: Path) -> Config:
+        return Config(search=Search(prior=str(path)))
+
+    (tmp_path / "text.parquet").write_text("block,effect")
+    pd.DataFrame({"prompt": ["a"]}).to_parquet(tmp_path / "scores.parquet")
+    with pytest.raises(ConfigError, match=r"search.prior is .*, which cannot be read: no such file"):
+        read_probe(prior(tmp_path / "none.parquet"))
+    for name in ("text.parquet", "scores.parquet"):
+        with pytest.raises(ConfigError, match=r"accepted: the probe\.parquet that blocktune probe writes"):
+            read_probe(prior(tmp_path / name))
+    with pytest.raises(ConfigError, match="has a block 10; this model's are 0 to 5"):
+        suggested(table(), Config(), 6)
+
+
+def test_a_published_list_is_tried_where_model_and_space_have_it(model: ModelIdentity) -> None:
+    flux = model.model_copy(update={"transformer": "FluxTransformer2DModel", "num_blocks": 57})
+    whole = Config(space=Space(bands=57, operands=("input", "value")))
+    ((origin, point),) = published(whole, flux).items()
+    (*rules,) = candidate(point, whole, flux, origin).policy.rules
+    assert [r.blocks for r in rules] == [(2,), (7,), (12,), (17,), (22,)]
+    assert {r.action for r in rules} == {ScaleText(operand="input", scale=1.5)}
+    assert published(Config(space=Space(bands=57)), flux) == {}  # no operand `input`
+    assert published(Config(space=Space(bands=4, operands=("input",))), flux) == {}
+    assert published(whole, model) == {}
