@@ -81,7 +81,7 @@ class Workbench:
             texts = [p.text for p in prompts]
             self._known[name] = {objective: get(objective).score(images, texts) for objective in self.objectives}
             beside = path.with_suffix(".new.npz")
-            np.savez(beside, **self._known[name])
+            np.savez(beside, allow_pickle=False, **self._known[name])
             beside.replace(path)
         return self._known[name]
 

@@ -4,18 +4,22 @@ import os
 import platform
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
+import ray.exceptions
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..evaluators import CostTable, Prompt, get, measure_cost_table, time_runs
+from ..evaluators import CostTable, Prompt, measure_cost_table, time_runs
 from ..policies import BlockPolicy
 from ..policies.policy import ModelIdentity
 from .config import Config
 from .generation import Rows, device_name, embed, generate, load, some
 from .prefixes import Prefixes
 from .prompts import read_prompts
+from .scoring import Scorer, score
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Measurement:
     scores: dict[str, np.ndarray]
     images: np.ndarray
     generate_seconds: float
-    score_seconds: float
+    score_seconds: float  # not those that passed while pictures were made
     steps_saved: float  # share of the denoising steps that were known from earlier candidates
 
 
@@ -55,8 +59,15 @@ class Worker:
         if self.dtype == "auto":
             self.dtype = "bfloat16" if self.device == "cuda" else self._faster_dtype()
         self.pipe = load(config.model.path, self.device, getattr(torch, self.dtype))
+        self._scorer: Any = self._new_scorer() if config.ray.evaluator_gpus is not None else None
         self._splits: dict[str, tuple[tuple[Prompt, ...], Rows]] = {}
         self._prefixes: dict[str, Prefixes] = {}  # of the split that was measured last
+
+    def _new_scorer(self) -> Any:
+        """An actor on the node of this worker, which Ray ends with it."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"num_cpus": 0, "num_gpus": self.config.ray.evaluator_gpus, "max_restarts": 0, "max_task_retries": 0}
+        return ray.remote(Scorer).options(scheduling_strategy=here, **options).remote(self.config)
 
     def _faster_dtype(self) -> str:
         """bfloat16 pays only on CPUs that multiply it natively, so both are timed on two steps of one batch."""
@@ -105,18 +116,38 @@ class Worker:
             self._prefixes = {split: Prefixes(self.config.ray.prefix_gib)}
         prefixes = self._prefixes[split]
         taken, given = prefixes.steps, prefixes.given
+        texts = [p.text for p in prompts]
+        pending: list[Any] = []  # scores of the batches, where others are at them
+
+        def send(start: int, images: np.ndarray) -> None:
+            if start == 0:
+                pending.clear()
+            batch = slice(start, start + len(images))
+            compared = images if reference is None else reference[:count][batch]
+            pending.append(self._scorer.score.remote(images, texts[batch], compared))
+
         begin = time.perf_counter()
-        images = generate(self.pipe, prompts, rows, self.config.generation, steps, policy, prefixes)
+        images = generate(
+            self.pipe, prompts, rows, self.config.generation, steps, policy, prefixes, send if self._scorer else None
+        )
         made = time.perf_counter()
         saved = (prefixes.given - given) / (prefixes.steps - taken) if prefixes.steps > taken else 0.0
-        objectives, scores = self.config.objectives, {}
-        for name in dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane")):
-            evaluator = get(name)
-            compared = reference[:count] if reference is not None else images
-            scores[name] = evaluator.score(
-                images, [p.text for p in prompts], compared if evaluator.needs_reference else None
-            )
+        if self._scorer:
+            scores = self._gathered(pending)
+        else:
+            scores = score(self.config.objectives, images, texts, images if reference is None else reference[:count])
         return Measurement(scores, images, made - begin, time.perf_counter() - made, saved)
+
+    @staticmethod
+    def _gathered(pending: list[Any]) -> dict[str, np.ndarray]:
+        """The scores of all batches. A worker whose scorer died dies as well: whoever replaces it replaces both."""
+        try:
+            parts = ray.get(pending)
+        except ray.exceptions.RayActorError:
+            os._exit(1)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _batch(self, split: str) -> tuple[tuple[Prompt, ...], Rows]:
         prompts, rows = self._split(split)

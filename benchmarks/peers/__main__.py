@@ -119,8 +119,8 @@ def measure(bench: Workbench, ways: list[Way], size: Size) -> list[Result]:
     for way in ways:
         taken = seconds.get(way.key, seconds[plain.key])
         point = bench.point(way, taken, "confirm", count)
-        told = (interval(way, name) for name in bench.objectives)
-        results.append(Result(way, point, *told, seconds[plain.key] / taken))
+        alignment, quality = (interval(way, name) for name in bench.objectives)
+        results.append(Result(way, point, alignment, quality, seconds[plain.key] / taken))
     return results
 
 
