@@ -59,6 +59,16 @@ class Workbench:
         self._known: dict[str, dict[str, np.ndarray]] = {}
         self._started = time.monotonic()
         (out / "scores").mkdir(parents=True, exist_ok=True)
+        self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        """What lies in the folder must be of the same device, dtype, prompts and settings."""
+        path, here = self.out / "measured_on.json", {**self.circumstances, **self.config.searched()}
+        if path.exists() and json.loads(path.read_text()) != here:
+            raise SystemExit(
+                f"{path} tells of other circumstances; go on where they are the same, or take another --out."
+            )
+        self.write(path.name, here)
 
     @property
     def circumstances(self) -> dict[str, Any]:
