@@ -1,5 +1,6 @@
 """Scores of pictures by all evaluators of a config, in the worker or in an actor of its own beside it."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,8 @@ class Scorer:
     """An actor that scores batch after batch while its worker makes the next; it lives and dies with the worker."""
 
     def __init__(self, config: Config) -> None:
+        if not config.ray.evaluator_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray does not hide GPUs from an actor that asks for none
         self.objectives = config.objectives
 
     def score(self, images: np.ndarray, texts: Sequence[str], reference: np.ndarray) -> dict[str, np.ndarray]:

@@ -253,7 +253,7 @@ class Study:
         measured = [t.user_attrs["metrics"] for t in trials if "same_as" not in t.user_attrs]
         seconds = sum(m["generate_seconds"] + m["score_seconds"] for m in measured)
         spent = {"images": float(len(measured) * len(self.prompts)), "worker_seconds": seconds}
-        spent |= {"steps_saved": sum(m["steps_saved"] for m in measured) / max(1, len(measured))}
+        spent |= {"steps_saved": sum(m.get("steps_saved", 0.0) for m in measured) / max(1, len(measured))}
         return spent | ({"gpu_seconds": seconds * self.pool.gpus} if self.pool.gpus else {})
 
     def _after(self, number: int, chosen: Candidate, images: int, seconds: float) -> None:
