@@ -84,7 +84,7 @@ def main(
         "measured_share_of_steps_saved": round(prefixes.given / prefixes.steps, 4),
         "images_per_second_alone": round(measured * len(prompts) / seconds["alone"], 3),
         "images_per_second_shared": round(measured * len(prompts) / seconds["shared"], 3),
-        "mib_held": round((config.ray.prefix_gib * 2**30 - prefixes.room) / 2**20, 1),
+        "mib_held": round((prefixes.size - prefixes.room) / 2**20, 1),
     }
     for key, value in result.items():
         print(f"{key:<32} {value}")

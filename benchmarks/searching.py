@@ -20,7 +20,7 @@ def proposals(
     The anchors that lie in the space come first, as in any search; latency is predicted, as in any search.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    config = bench.config.model_copy(update={"search": Search(sampler=sampler)})
+    config = bench.config.model_copy(update={"search": Search.model_validate({"sampler": sampler})})
     space, costs, seen = distributions(config, bench.model.num_blocks), bench.costs(), set()
     study = optuna.create_study(directions=["maximize", "maximize", "minimize"], sampler=_sampler(config, seed))
     for params in anchors(config, bench.model.num_blocks).values():

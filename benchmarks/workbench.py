@@ -59,6 +59,16 @@ class Workbench:
         self._known: dict[str, dict[str, np.ndarray]] = {}
         self._started = time.monotonic()
         (out / "scores").mkdir(parents=True, exist_ok=True)
+        self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        """What lies in the folder must be of the same device, dtype, prompts and settings."""
+        path, here = self.out / "measured_on.json", {**self.circumstances, **self.config.searched()}
+        if path.exists() and json.loads(path.read_text()) != here:
+            raise SystemExit(
+                f"{path} tells of other circumstances; go on where they are the same, or take another --out."
+            )
+        self.write(path.name, here)
 
     @property
     def circumstances(self) -> dict[str, Any]:
@@ -81,7 +91,7 @@ class Workbench:
             texts = [p.text for p in prompts]
             self._known[name] = {objective: get(objective).score(images, texts) for objective in self.objectives}
             beside = path.with_suffix(".new.npz")
-            np.savez(beside, **self._known[name])
+            np.savez(beside, allow_pickle=False, **self._known[name])
             beside.replace(path)
         return self._known[name]
 

@@ -153,7 +153,8 @@ def status(run: RunArgument = DEFAULT_RUN) -> None:
     typer.echo(f"{config.name}: {told}, {config.search.trials} wanted")
     measured = [t.user_attrs["metrics"] for t in trials if "metrics" in t.user_attrs and "same_as" not in t.user_attrs]
     if measured:
-        seconds, saved = (sum(m[key] for m in measured) / len(measured) for key in ("generate_seconds", "steps_saved"))
+        seconds = sum(m["generate_seconds"] for m in measured) / len(measured)
+        saved = sum(m.get("steps_saved", 0.0) for m in measured) / len(measured)  # a run of before has none
         typer.echo(
             f"{config.prompts.search_images / seconds:.1f} pictures per second and worker; "
             f"{100 * saved:.0f} % of the denoising steps were those of earlier candidates"

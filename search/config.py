@@ -187,7 +187,16 @@ class Ray(_Section):
     cpus_per_worker: PositiveInt = Field(
         default=1, description="threads that share a picture wait for each other, and on a busy machine for others too"
     )
-    gpus_per_worker: float | None = Field(default=None, description="1 where the cluster has GPUs when not given")
+    gpus_per_worker: float | None = Field(
+        default=None, description="1 where the cluster has GPUs when not given, less `evaluator_gpus`"
+    )
+    evaluator_gpus: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="this share of a GPU, 0 for none, is for evaluators in a process of their own beside each worker, "
+        "which score a batch while the next is made; in the worker itself when not given",
+    )
     prefix_gib: NonNegativeFloat = Field(
         default=2.0,
         description="main memory in which a worker keeps what the transformer returned, so that candidates which begin "

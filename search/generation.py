@@ -109,12 +109,14 @@ def generate(
     steps: int,
     policy: BlockPolicy | None = None,
     prefixes: Prefixes | None = None,
+    seen: Callable[[int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """Pictures of `prompts`, whose `rows` `embed` made, each from its own seed: uint8 `(n, height, width, 3)`.
 
     Noise is drawn on the CPU per picture, so a picture does not depend on the device or on its neighbours but for
-    rounding. With `prefixes`, steps that earlier runs of this pipeline took alike are not computed again. Raises
-    BrokenPicture for pixels that are not finite.
+    rounding. With `prefixes`, steps that earlier runs of this pipeline took alike are not computed again. `seen` is
+    called with each batch as soon as it is made, and where it begins. Raises BrokenPicture for pixels that are not
+    finite.
     """
     parts = []
     for start in range(0, len(prompts), generation.batch):
@@ -132,4 +134,6 @@ def generate(
         if not torch.isfinite(pixels).all():
             raise BrokenPicture("the pipeline returned pixels that are NaN or infinite")
         parts.append((pixels.permute(0, 2, 3, 1).float() * 255).round().to("cpu", torch.uint8).numpy())
+        if seen:
+            seen(start, parts[-1])
     return np.concatenate(parts)

@@ -64,16 +64,17 @@ class Pool:
 
     def _start(self, dtype: str | None) -> None:
         resources = ray.cluster_resources()
-        gpus = self.config.ray.gpus_per_worker
+        gpus, beside = self.config.ray.gpus_per_worker, self.config.ray.evaluator_gpus or 0.0
         if gpus is None:
-            gpus = 1.0 if resources.get("GPU", 0) else 0.0
-        self.gpus = gpus  # each worker has
+            gpus = 1.0 - beside if resources.get("GPU", 0) else 0.0
+        self.gpus = gpus + beside  # each worker has, with its evaluators
         cpus = min(self.config.ray.cpus_per_worker, int(resources.get("CPU", 1)))
-        room = int(resources["GPU"] / gpus) if gpus else int(resources.get("CPU", 1) // cpus)
-        count = self.config.ray.workers or max(1, room if gpus else min(room, MOST_ON_CPUS))
+        room = int(resources.get("GPU", 0) / self.gpus) if self.gpus else int(resources.get("CPU", 1) // cpus)
+        count = self.config.ray.workers or max(1, room if self.gpus else min(room, MOST_ON_CPUS))
         if count > room:
             raise ConfigError(
-                f"ray.workers is {count}; the cluster has room for {room} (cpus_per_worker {cpus}, GPUs {gpus:g} each)."
+                f"ray.workers is {count}; the cluster has room for {room} (cpus_per_worker {cpus}, "
+                f"GPUs {self.gpus:g} each)."
             )
         # SPREAD: one worker per node before a second on any
         self._actor = ray.remote(Worker).options(

@@ -70,7 +70,7 @@ class Prefixes:
     """
 
     def __init__(self, gib: float) -> None:
-        self.room = int(gib * 2**30)  # bytes left
+        self.size = self.room = int(gib * 2**30)  # bytes, and those left
         self.plain: dict[Key, list[Any]] = {}
         self.own: OrderedDict[Key, list[Any]] = OrderedDict()
         self.steps = 0  # of all runs so far
@@ -89,7 +89,7 @@ class Prefixes:
     def keep(self, key: Key, outputs: list[Any], plain: bool) -> None:
         """Takes in the outputs of a step's calls if there is room, or may be made."""
         size = _bytes(outputs)
-        while self.room < size and self.own:
+        while self.room < size <= self.size and self.own:
             self.room += _bytes(self.own.popitem(last=False)[1])
         if self.room >= size:
             self.room -= size
@@ -99,7 +99,8 @@ class Prefixes:
     def shared(self, pipe: Any, policy: BlockPolicy | None, pictures: Hashable) -> Iterator[None]:
         """For one run of `pipe` under `policy`, already applied, that makes `pictures`: prompts and seeds in order."""
         transformer, architecture = resolve(pipe)
-        if pipe.transformer is not unwrapped(pipe.transformer) or not clock.has_steps(pipe.scheduler):
+        compiled = pipe.transformer is not unwrapped(pipe.transformer)
+        if not self.size or compiled or not clock.has_steps(pipe.scheduler):
             yield
             return
         branches: tuple[Branch, ...] = ("cond", "uncond") if architecture.guidance == "calls" else ("both",)

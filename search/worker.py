@@ -9,15 +9,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 import ray
+import ray.exceptions
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..evaluators import CostTable, Prompt, get, measure_cost_table, time_runs
+from ..evaluators import CostTable, Prompt, measure_cost_table, time_runs
 from ..policies import BlockPolicy
 from ..policies.policy import ModelIdentity
 from .config import Config
 from .generation import Rows, device_name, embed, generate, load, some
 from .prefixes import Prefixes
 from .prompts import read_prompts
+from .scoring import Scorer, score
 
 T = TypeVar("T")
 
@@ -29,7 +32,7 @@ class Measurement:
     scores: dict[str, np.ndarray]
     images: np.ndarray
     generate_seconds: float
-    score_seconds: float
+    score_seconds: float  # not those that passed while pictures were made
     steps_saved: float  # share of the denoising steps that were known from earlier candidates
 
 
@@ -60,9 +63,16 @@ class Worker:
         if self.dtype == "auto":
             self.dtype = "bfloat16" if self.device == "cuda" else self._faster_dtype()
         self.pipe = load(config.model.path, self.device, getattr(torch, self.dtype))
+        self._scorer: Any = self._new_scorer() if config.ray.evaluator_gpus is not None else None
         self._splits: dict[str, tuple[tuple[Prompt, ...], Rows]] = {}
         self._shared: tuple[str, dict[str, Any] | None] | None = None  # what was drawn last
         self._prefixes = Prefixes(config.ray.prefix_gib)  # of it
+
+    def _new_scorer(self) -> Any:
+        """An actor on the node of this worker, which Ray ends with it."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"num_cpus": 0, "num_gpus": self.config.ray.evaluator_gpus, "max_restarts": 0, "max_task_retries": 0}
+        return ray.remote(Scorer).options(scheduling_strategy=here, **options).remote(self.config)
 
     def _faster_dtype(self) -> str:
         """bfloat16 pays only on CPUs that multiply it natively, so both are timed on two steps of one batch."""
@@ -123,18 +133,26 @@ class Worker:
             self._shared, self._prefixes = (split, changed), Prefixes(self.config.ray.prefix_gib)
         prefixes = self._prefixes
         taken, given = prefixes.steps, prefixes.given
+        texts = [p.text for p in prompts]
+        pending: list[Any] = []  # scores of the batches, where others are at them
+
+        def send(first: int, images: np.ndarray) -> None:
+            if first == 0:  # anew, where half the batch is tried
+                pending.clear()
+            batch = slice(first, first + len(images))
+            compared = images if reference is None else reference[part][batch]
+            pending.append(self._scorer.score.remote(images, texts[batch], compared))
+
         begin = time.perf_counter()
         settings = lambda: self.generation.model_copy(update=changed)  # noqa: E731 (its batch may be halved meanwhile)
-        images = self._fitting(lambda: generate(self.pipe, prompts, rows, settings(), steps, policy, prefixes))
+        each = send if self._scorer else None
+        images = self._fitting(lambda: generate(self.pipe, prompts, rows, settings(), steps, policy, prefixes, each))
         made = time.perf_counter()
         saved = (prefixes.given - given) / (prefixes.steps - taken) if prefixes.steps > taken else 0.0
-        objectives, scores = self.config.objectives, {}
-        for name in dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane")):
-            evaluator = get(name)
-            compared = reference[part] if reference is not None else images
-            scores[name] = evaluator.score(
-                images, [p.text for p in prompts], compared if evaluator.needs_reference else None
-            )
+        if self._scorer:
+            scores = self._gathered(pending)
+        else:
+            scores = score(self.config.objectives, images, texts, images if reference is None else reference[part])
         return Measurement(scores, images, made - begin, time.perf_counter() - made, saved)
 
     def _fitting(self, run: Callable[[], T]) -> T:
@@ -147,6 +165,17 @@ class Worker:
                     raise
             self.generation = self.generation.model_copy(update={"batch": self.generation.batch // 2})
             torch.cuda.empty_cache()
+
+    @staticmethod
+    def _gathered(pending: list[Any]) -> dict[str, np.ndarray]:
+        """The scores of all batches. A worker whose scorer died dies as well: whoever replaces it replaces both."""
+        try:
+            parts = ray.get(pending)
+        except ray.exceptions.RayActorError:
+            os._exit(1)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _batch(self, split: str) -> tuple[tuple[Prompt, ...], Rows]:
         prompts, rows = self._split(split)

@@ -89,7 +89,9 @@ def ways_of(bench: Workbench, size: Size, run: Path | None) -> list[Way]:
     if run:
         paths = sorted((run / "policies").glob("*.json"))
         policies = {p.digest: p for p in map(BlockPolicy.load, paths)}.values()
-        ways += [Way("blocktune", p.name, (p.tuned_for or {}).get("num_inference_steps", steps), p) for p in policies]
+        for p in policies:
+            tuned = (p.tuned_for or {}).get("num_inference_steps", steps)
+            ways.append(Way("blocktune", p.name, size.steps or tuned, p))
     else:
         bench.say("searching")
         ways += searched(bench, size.candidates, size.search_pictures, count=10)
@@ -119,8 +121,8 @@ def measure(bench: Workbench, ways: list[Way], size: Size) -> list[Result]:
     for way in ways:
         taken = seconds.get(way.key, seconds[plain.key])
         point = bench.point(way, taken, "confirm", count)
-        told = (interval(way, name) for name in bench.objectives)
-        results.append(Result(way, point, *told, seconds[plain.key] / taken))
+        alignment, quality = (interval(way, name) for name in bench.objectives)
+        results.append(Result(way, point, alignment, quality, seconds[plain.key] / taken))
     return results
 
 

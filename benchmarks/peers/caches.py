@@ -115,10 +115,10 @@ def ways(bench: Workbench) -> list[Way]:
         add("first-block cache", f"{threshold:g}", apply_first_block_cache, FirstBlockCacheConfig(threshold=threshold))
     for warmup in (4, steps // 2):
         for interval in (2, 3, 4):
-            of = {"cache_interval": interval, "disable_cache_before_step": warmup, "max_order": 1}
-            sublayers = TaylorSeerCacheConfig(cache_identifiers=SUBLAYERS, **of)
+            taylor = partial(TaylorSeerCacheConfig, cache_interval=interval, disable_cache_before_step=warmup)
+            sublayers = taylor(cache_identifiers=SUBLAYERS)
             add("TaylorSeer", f"every {interval} from {warmup}", apply_taylorseer_cache, sublayers)
-            lite = TaylorSeerCacheConfig(use_lite_mode=True, **of)
+            lite = taylor(use_lite_mode=True)
             add("TaylorSeer", f"every {interval} from {warmup}, lite", apply_taylorseer_cache, lite)
     ratios = mag_ratios(bench)
     for threshold in (0.03, 0.045, 0.06, 0.12):

@@ -7,7 +7,7 @@ from blocktune.policies import Plan
 from blocktune.search.config import Config
 
 from benchmarks.peers.caches import ways
-from benchmarks.peers.searches import evolved, louder, step_mask
+from benchmarks.peers.searches import evolved, step_mask
 from benchmarks.workbench import Way, Workbench
 
 
@@ -46,9 +46,3 @@ def test_evolution_keeps_what_nothing_beats(bench):
     alignment = [bench.scores(way, "search", 2)["shapes"].mean() for way in front]
     assert seconds == sorted(seconds)
     assert alignment == sorted(alignment)
-
-
-def test_random_sets_are_as_large_as_the_chosen_one(bench):
-    made = louder(bench, "value", pictures=1, random_sets=3, size=2)
-    assert {len(way.policy.rules[0].blocks) for way in made} == {2}
-    assert [way.method for way in made].count("TexTailor") == 3

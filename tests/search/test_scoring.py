@@ -1,0 +1,84 @@
+"""Evaluators in an actor of their own: the same scores as in the worker, and both are replaced when one dies."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+from blocktune.policies import BlockPolicy, Rule, Skip
+from blocktune.search.config import Config
+from blocktune.search.pool import Job, Pool
+from blocktune.search.worker import Worker
+
+
+def config_of(model: Path, **ray) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": str(model), "dtype": "float32"},
+            "generation": {"num_inference_steps": 3, "batch": 2},
+            "prompts": {"search_images": 5, "confirm_images": 2},
+            "ray": {"workers": 1, "evaluator_gpus": 0} | ray,
+        }
+    )
+
+
+def scorers() -> list[int]:
+    """Processes of this one's Ray that score."""
+    return [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and _command(entry).startswith(b"ray::Scorer") and _is_ours(int(entry.name))
+    ]
+
+
+def _command(entry: Path) -> bytes:
+    try:
+        return (entry / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether this process is an ancestor."""
+    try:
+        while pid > 1:
+            if pid == os.getpid():
+                return True
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        pass
+    return False
+
+
+def test_scores_are_those_of_the_worker(tiny_model):
+    worker = Worker(config_of(tiny_model, evaluator_gpus=None))
+    policy = BlockPolicy.for_model(worker.pipe, "one", [Rule(blocks=[1], window=(0.4, 1.0), action=Skip())])
+    plain = BlockPolicy.for_model(worker.pipe, "plain", [])
+    before = worker.measure(plain, 3, "search", None)
+    wanted = worker.measure(policy, 3, "search", before.images, 3)
+    pool = Pool(config_of(tiny_model))
+    try:
+        jobs = pool.run(
+            [
+                Job("measure", (policy, 3, "search", before.images, 3)),
+                Job("measure", (plain, 3, "search", None)),
+            ]
+        )
+        for job, told in zip(jobs, (wanted, before), strict=True):
+            assert job.result.scores.keys() == told.scores.keys()
+            assert all(np.array_equal(job.result.scores[name], told.scores[name]) for name in told.scores)
+            assert np.array_equal(job.result.images, told.images)
+        (first,) = scorers()
+        os.kill(first, signal.SIGKILL)
+        (again,) = pool.run([Job("measure", (plain, 3, "search", None))])
+        assert again.attempts == 2
+        assert np.array_equal(again.result.scores["shapes"], before.scores["shapes"])
+        assert pool.size == 1
+        assert len(scorers()) == 1
+    finally:
+        pool.close()
+    until = time.monotonic() + 10
+    while scorers() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not scorers()
