@@ -147,12 +147,13 @@ def _spread(run: RunDirectory, name: str) -> tuple[float, str]:
     assumed = TYPICAL_SPREAD * scale_of(get(name)), f"if differences spread by {100 * TYPICAL_SPREAD:g} points"
     if not (run.scores / "unmodified.parquet").exists():
         return assumed
-    before = run.read_scores("unmodified")[name]
-    trials = [run.read_scores(path.stem)[name] for path in sorted(run.scores.glob("trial-*.parquet"))]
-    changed = [spread for scores in trials if (spread := float((scores - before).std())) > 0]
+    before = run.read_scores("unmodified")[name].to_numpy()
+    trials = [run.read_scores(path.stem)[name].to_numpy() for path in sorted(run.scores.glob("trial-*.parquet"))]
+    differences = [scores - before[: len(scores)] for scores in trials]
+    changed = [float(d.std(ddof=1)) for d in differences if np.ptp(d) > 0]
     if changed:
         return float(np.median(changed)), f"as differences spread in the median of {len(changed)} trials"
-    if before.nunique() < 2:  # no picture differs from another, which tells nothing
+    if np.ptp(before) == 0:  # no picture differs from another, which tells nothing
         return assumed
     # Scores that have nothing to do with the unmodified model's would differ by the root of two of its own spread.
-    return float(before.std()) * 2**0.5, "at worst, for a policy whose pictures have nothing of the unmodified model's"
+    return float(before.std(ddof=1)) * 2**0.5, "at worst, for pictures that have nothing of the unmodified model's"
