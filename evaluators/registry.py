@@ -14,6 +14,10 @@ _targets: dict[str, Target] = {
     "shapes": "blocktune.reference.judge:Shapes",
     "shapes_binary": "blocktune.reference.judge:ShapesBinary",
     "crispness": "blocktune.reference.crispness:Crispness",
+    "clip_score:reference": "blocktune.reference.scorers:clip_score",
+    "hps_v2.1:reference": "blocktune.reference.scorers:hps",
+    "aesthetic_v2:reference": "blocktune.reference.scorers:aesthetic",
+    "geneval-style:reference": "blocktune.reference.scorers:geneval",
     "compositional": "blocktune.evaluators.compositional_judge:Compositional",
     "geneval": "blocktune.evaluators.geneval:GenEval",
     "geneval_binary": "blocktune.evaluators.geneval:GenEvalBinary",
@@ -75,7 +79,7 @@ def get(name: str) -> Evaluator:
     """
     if name not in _made:
         family, _, checkpoint = name.partition(":")
-        if family in _families:
+        if family in _families and name not in _targets:
             evaluator = _found(_families[family])(checkpoint)
         else:
             target = _targets.get(name, name)

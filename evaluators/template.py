@@ -65,7 +65,7 @@ def _thing(words: str, text: str) -> dict[str, Any]:
     if color not in COLORS or not name:  # `an orange` is the fruit
         color, name = None, rest
     if count > 1:
-        name = _SINGULAR.get(name, name.removesuffix("s"))
+        name = _SINGULAR.get(name, re.sub(r"(ss|x|ch|sh)es$|s$", r"\1", name))
     return {"class": name, "count": count} | ({"color": color} if color else {})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,20 +48,20 @@ WORDS = sorted(
 _LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
 
 
-def new_clip_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte pairs merge every word of this world to one token; other words fall into letters."""
+def new_clip_tokenizer(words: Sequence[str] = WORDS, length: int = CLIP_TOKENS) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte pairs merge each of `words` to one token; other words fall into letters."""
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     letters = _LETTERS + [letter + "</w>" for letter in _LETTERS]
     marks = ["<|startoftext|>", "<|endoftext|>"]
     trainer = BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator(WORDS, trainer)  # merges until each word is one token
+    bpe.train_from_iterator(words, trainer)  # merges until each word is one token
     learned = json.loads(bpe.to_str())["model"]
     tokens = dict.fromkeys([*letters, *sorted(learned["vocab"], key=learned["vocab"].__getitem__), *marks])
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, rules = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         vocabulary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
         rules.write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in learned["merges"]) + "\n")
-        return CLIPTokenizer(vocab=str(vocabulary), merges=str(rules), model_max_length=CLIP_TOKENS)
+        return CLIPTokenizer(vocab=str(vocabulary), merges=str(rules), model_max_length=length)
 
 
 def new_t5_tokenizer() -> T5Tokenizer:

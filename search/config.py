@@ -62,7 +62,9 @@ class Prompts(_Section):
 class Objectives(_Section):
     alignment: str = Field(default="shapes", description="evaluator to maximise")
     quality: str = Field(default="crispness", description="evaluator to maximise")
-    reported: tuple[str, ...] = Field(default=("shapes_binary", "psnr"), description="evaluators recorded beside")
+    reported: tuple[str, ...] = Field(
+        default=("shapes_binary", "psnr", "clip_score:reference"), description="evaluators recorded beside"
+    )
 
 
 class Constraints(_Section):

@@ -1,7 +1,7 @@
 """Random checkpoints of every kind that the scores load, written in the formats of the published ones.
 
-`tiny` ones answer in milliseconds on a CPU; `full` ones have the sizes of the published models, whose speed does not
-depend on the values of their weights.
+`tiny` ones answer in milliseconds on a CPU, and where a CLIP is asked for it is the reference world's, trained; `full`
+ones have the sizes of the published models, whose speed does not depend on the values of their weights.
 """
 
 import json
@@ -11,6 +11,7 @@ from string import ascii_lowercase
 from typing import Any, Literal
 
 import torch
+from blocktune.reference.scorers import CLIP
 from torch import nn
 
 Size = Literal["tiny", "full"]
@@ -24,15 +25,15 @@ CHAT = (
 
 def every(folder: Path, size: Size = "tiny") -> dict[str, Callable[[], str]]:
     """For every family, what writes a checkpoint and gives the score's name; `vqa_score` twice, by kind of model."""
-    dim = 768 if size == "full" else 16
+    dim = 768 if size == "full" else 96
 
     def backbone() -> str:
-        return clip(folder / "clip", size)
+        return clip(folder / "clip", size) if size == "full" else CLIP
 
     return {
         "clip_score": lambda: f"clip_score:{backbone()}",
         "siglip_score": lambda: f"siglip_score:{clip(folder / 'siglip', size, init_logit_bias=-4.0)}",
-        "hps_v2.1": lambda: f"hps_v2.1:{hps(folder / 'hps', size)}",
+        "hps_v2.1": lambda: f"hps_v2.1:{hps(folder / 'hps') if size == 'full' else CLIP}",
         "pick_score": lambda: f"pick_score:{pick_score(folder / 'pick_score', size)}",
         "image_reward": lambda: f"image_reward:{image_reward(folder / 'image_reward', size)}",
         "aesthetic_v1": lambda: f"aesthetic_v1:{aesthetic_v1(folder / 'v1.pth', dim)} with {backbone()}",
@@ -74,12 +75,11 @@ def clip(folder: Path, size: Size = "tiny", **model: Any) -> str:
     return write_clip(folder, vision, text, 16, **model)
 
 
-def hps(folder: Path, size: Size = "tiny") -> str:
-    if size == "full":  # ViT-H-14
-        vision = {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14}
-        text = {"width": 1024, "heads": 16, "layers": 24, "vocab_size": 49408, "context_length": 77}
-        return write_clip(folder, vision, text, 1024)
-    return clip(folder.parent / "clip")
+def hps(folder: Path) -> str:
+    """ViT-H-14."""
+    vision = {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14}
+    text = {"width": 1024, "heads": 16, "layers": 24, "vocab_size": 49408, "context_length": 77}
+    return write_clip(folder, vision, text, 1024)
 
 
 def resnet_clip(folder: Path, size: Size = "tiny") -> str:
@@ -91,7 +91,7 @@ def resnet_clip(folder: Path, size: Size = "tiny") -> str:
     return write_clip(folder, vision, {**text, "width": 16, "heads": 2}, 16, quick_gelu=True)
 
 
-def aesthetic_v1(file: Path, dim: int = 16) -> str:
+def aesthetic_v1(file: Path, dim: int = 96) -> str:
     torch.manual_seed(1)
     torch.save(nn.Linear(dim, 1).state_dict(), file)
     return str(file)
@@ -105,7 +105,7 @@ def aesthetic_mlp(dim: int) -> nn.Sequential:
     return nn.Sequential(*wide, *middle, nn.Linear(64, 16), nn.Linear(16, 1)).eval()
 
 
-def aesthetic_v2(file: Path, dim: int = 16) -> str:
+def aesthetic_v2(file: Path, dim: int = 96) -> str:
     torch.save({f"layers.{key}": value for key, value in aesthetic_mlp(dim).state_dict().items()}, file)
     return str(file)
 

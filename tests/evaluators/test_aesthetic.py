@@ -22,7 +22,7 @@ def test_v1_is_one_linear_layer_on_the_unit_vector(model_scores):
 def test_v2_is_the_published_stack_of_layers(model_scores):
     name = model_scores["aesthetic_v2"]
     with torch.no_grad():
-        expected = checkpoints.aesthetic_mlp(16)(torch.tensor(unit_vectors(name)).float())[:, 0]
+        expected = checkpoints.aesthetic_mlp(96)(torch.tensor(unit_vectors(name)).float())[:, 0]
     np.testing.assert_allclose(get(name).score(photos(), PROMPTS), expected, rtol=0, atol=1e-5)
 
 
@@ -30,11 +30,11 @@ def test_v2_is_the_published_stack_of_layers(model_scores):
 def test_no_unit_vector_scores_below_the_worst_value(family, model_scores):
     head = model_scores[family].partition(" with ")[0].partition(":")[2]
     if family == "aesthetic_v1":
-        layers = torch.nn.Linear(16, 1)
+        layers = torch.nn.Linear(96, 1)
         layers.load_state_dict(torch.load(head))
     else:
-        layers = checkpoints.aesthetic_mlp(16)
-    direction = torch.autograd.functional.jacobian(lambda vector: layers(vector)[0], torch.zeros(16))
+        layers = checkpoints.aesthetic_mlp(96)
+    direction = torch.autograd.functional.jacobian(lambda vector: layers(vector)[0], torch.zeros(96))
     with torch.no_grad():
         lowest = layers(-direction / direction.norm()).item()
     assert get(model_scores[family]).worst == pytest.approx(lowest, abs=1e-5)
@@ -48,7 +48,7 @@ def test_heads_of_another_layout_are_refused(model_scores, tmp_path):
         (f"aesthetic_v2:{v1} with {clip}", r"holds bias, weight; accepted: layers\.0\.bias"),
         (
             f"aesthetic_v1:{checkpoints.aesthetic_v1(tmp_path / 'wide.pth', 24)} with {clip}",
-            "takes vectors of 24; accepted: 16",
+            "takes vectors of 24; accepted: 96",
         ),
     ):
         with pytest.raises(CheckpointError, match=said):

@@ -35,6 +35,6 @@ def test_clip_iqa_is_the_published_formula_at_any_size(model_scores):
 def test_clip_iqa_refuses_what_it_cannot_see(model_scores):
     with pytest.raises(ValueError, match="side of 31 pixels; clip_iqa accepts pictures of 32"):
         get(model_scores["clip_iqa"]).score(photos(((31, 64),)), ["a"])
-    transformer = model_scores["clip_score"].partition(":")[2]
+    transformer = model_scores["siglip_score"].partition(":")[2]
     with pytest.raises(CheckpointError, match="is no ResNet of CLIP"):
         get(f"clip_iqa:{transformer}").score(photos(((64, 64),)), ["a"])

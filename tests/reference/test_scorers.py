@@ -1,0 +1,85 @@
+"""The learned scores on scenes that no training has seen. Conformance is tested with all other evaluators'."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from blocktune.evaluators import cmmd, get
+from blocktune.evaluators.clip import load_clip
+from blocktune.reference.scenes import prompt_of
+from blocktune.reference.scorer_card import CARD, degraded, drawn, falls, held_out, of_renderings, preferred, retrieval
+from blocktune.reference.scorers import PREFERENCE, WEIGHTS
+
+NAMES = ["clip_score:reference", "hps_v2.1:reference", "aesthetic_v2:reference", "geneval-style:reference"]
+REQUESTS, SCENES = held_out(64, part=1)
+PICTURES, TEXTS = drawn(SCENES), [prompt_of(request).replace("cyan", "blue") for request in REQUESTS]
+
+
+def test_a_picture_finds_its_sentence_and_a_sentence_its_picture():
+    found = retrieval(groups=16)
+    assert found["text of picture"] >= 0.95
+    assert found["picture of text"] >= 0.9
+
+
+def test_the_score_falls_when_the_sentence_is_changed():
+    found = falls("clip_score:reference", 256)
+    for part in ("shape", "color", "count"):
+        assert found[part] >= 0.95
+    assert found["relation"] >= 0.8
+
+
+def test_true_pictures_are_preferred_to_degraded_and_to_wrong_ones():
+    found = preferred("hps_v2.1:reference", 192)
+    assert found["above degraded"] >= 0.9
+    assert found["above wrong"] >= 0.9
+
+
+def test_degraded_pictures_are_rated_lower():
+    found = preferred("aesthetic_v2:reference", 192)
+    assert found["above degraded"] >= 0.9
+
+
+def test_degraded_pictures_are_another_distribution():
+    embed = load_clip(PREFERENCE).images
+    others = drawn(held_out(64, part=2)[1])
+    assert cmmd(degraded(PICTURES), others, embed) > 2 * cmmd(PICTURES, others, embed)
+
+
+def test_geneval_agrees_with_the_exact_judge():
+    found = of_renderings(192)
+    assert 0.3 < found["right by the judge"] < 0.7
+    assert found["agree"] >= 0.95
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_the_same_wherever_the_weights_lie(name):
+    evaluator = get(name)
+    assert evaluator.name == name
+    assert str(WEIGHTS) not in name
+
+
+def test_another_process_gives_the_same_scores(tmp_path: Path):
+    np.save(tmp_path / "pictures.npy", PICTURES[:16])
+    code = f"""
+import json, numpy as np
+from blocktune.evaluators import get
+pictures = np.load({str(tmp_path / "pictures.npy")!r})
+print(json.dumps([get(name).score(pictures, {TEXTS[:16]!r}).tolist() for name in {NAMES!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    here = [get(name).score(PICTURES, TEXTS)[:16] for name in NAMES]  # in another batch, too
+    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), here, rtol=1e-5, atol=1e-5)
+
+
+def test_the_card_tells_what_is_shipped():
+    """Measured on more scenes than the tests can afford."""
+    card = json.loads(CARD.read_text())
+    assert card["clip_score"]["retrieval of 64"]["text of picture"] >= 0.95
+    assert card["hps_v2.1"]["preferred"]["above degraded"] >= 0.9
+    assert card["geneval-style"]["renderings"]["agree"] >= 0.95
+    assert sum(file.stat().st_size for file in (WEIGHTS / "clip").iterdir()) < 4 * 2**20
+    assert sum(file.stat().st_size for file in (WEIGHTS / "detector").iterdir()) < 3 * 2**20

@@ -1,0 +1,93 @@
+"""The scorers' trainers, run very small: what they make loads, and they go on where they were stopped."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from blocktune.evaluators.aesthetic import AestheticV2
+from blocktune.evaluators.clip_scores import HpsV21
+from blocktune.evaluators.detection import InstanceDetector
+from blocktune.reference import train_aesthetic, train_clip, train_detector
+from blocktune.reference.scenes import SHAPES, SIZE, render
+from blocktune.reference.train import sample_pairs
+from PIL import Image
+
+PICTURES = [
+    Image.fromarray(np.uint8(255 * picture))
+    for picture in render(sample_pairs(3, np.random.default_rng(0))[1]).permute(0, 2, 3, 1).numpy()
+]
+TEXTS = ["a photo of a circle", "a photo of a red-colored ring", "a walrus"]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def run(module, *options) -> None:
+        monkeypatch.setattr("sys.argv", ["train", *map(str, options)])
+        module.main()
+
+    return run
+
+
+def test_a_stopped_training_of_the_clip_goes_on(tmp_path: Path, run):
+    sizes = ("--device", "cpu", "--scenes", 16, "--batch", 4, "--work", tmp_path)
+    run(train_clip, *sizes, "--out", tmp_path / "clip", "--steps", 2)
+    before = torch.load(tmp_path / "clip.pt", weights_only=True)
+    run(train_clip, *sizes, "--out", tmp_path / "clip", "--steps", 3)
+    after = torch.load(tmp_path / "clip.pt", weights_only=True)
+    assert (before["done"], after["done"]) == (2, 3)
+    assert not torch.equal(before["model"]["text_projection"], after["model"]["text_projection"])
+    assert json.loads((tmp_path / "clip" / "training.json").read_text())["steps"] == 3
+
+    run(train_clip, *sizes, "--preference", "--start", tmp_path / "clip", "--out", tmp_path / "hps", "--steps", 1)
+    names = [f"local-dir:{tmp_path / name}" for name in ("clip", "hps")]
+    scores = [HpsV21(name).score(PICTURES, TEXTS) for name in names]
+    assert np.isfinite(scores).all()
+    assert (scores[0] != scores[1]).any()
+
+    run(train_aesthetic, "--clip", names[0], "--out", tmp_path / "head.pth", "--scenes", 64)
+    ratings = AestheticV2(f"{tmp_path / 'head.pth'} with {names[0]}").score(PICTURES, TEXTS)
+    assert ((ratings > 0) & (ratings < 11)).all()
+
+
+def test_a_stopped_training_of_the_detector_goes_on(tmp_path: Path, run):
+    sizes = ("--device", "cpu", "--scenes", 8, "--batch", 4, "--work", tmp_path, "--out", tmp_path / "detector")
+    run(train_detector, *sizes, "--steps", 2)
+    before = torch.load(tmp_path / "detector.pt", weights_only=True)
+    run(train_detector, *sizes, "--steps", 3)
+    after = torch.load(tmp_path / "detector.pt", weights_only=True)
+    assert (before["done"], after["done"]) == (2, 3)
+    assert not torch.equal(before["model"]["class_predictor.weight"], after["model"]["class_predictor.weight"])
+    detector = InstanceDetector(tmp_path / "detector", shortest=64, longest=64)
+    assert detector.labels == SHAPES
+    for found in detector.detect(PICTURES, [set(SHAPES)] * 3):
+        assert all(d.mask is not None and d.mask.shape == (SIZE, SIZE) for d in found)
+
+
+def test_every_object_is_matched_with_the_query_that_shows_it():
+    """Two objects, shown by the last two of four queries, crosswise; what is left has to find nothing."""
+    true = torch.zeros(1, 4, 8, 8, dtype=torch.bool)
+    true[0, 0, :4], true[0, 1, 5:] = True, True
+    labels = torch.tensor([[2, 5, -1, -1]])
+    masks = torch.full((1, 4, 8, 8), -9.0)
+    masks[0, 3][true[0, 0]], masks[0, 2][true[0, 1]] = 9.0, 9.0
+    classes = torch.full((1, 4, len(SHAPES) + 1), -9.0)
+    classes[0, 3, 2] = classes[0, 2, 5] = classes[0, 0, -1] = classes[0, 1, -1] = 9.0
+    assert train_detector.match(classes, masks, labels, true)[0, :2].tolist() == [3, 2]
+    right = train_detector.loss_of(classes, masks, labels, true)
+    assert right < 0.05
+    assert train_detector.loss_of(classes, masks, labels[:, [1, 0, 2, 3]], true) > 5
+
+
+def test_every_true_sentence_has_to_lie_above_all_false_ones():
+    true = torch.tensor([[True, False, True], [False, False, True]])
+    scores = torch.tensor([[2.0, 0.0, 1.0], [3.0, 1.0, 2.0]])
+    by_hand = [
+        (np.log1p(np.exp(0 - 2)) + np.log1p(np.exp(0 - 1))) / 2,
+        np.log1p(np.exp(np.log(np.exp(3) + np.exp(1)) - 2)),
+    ]
+    assert train_clip.ranking(scores, true).item() == pytest.approx(np.mean(by_hand), rel=1e-6)
+    nothing = torch.zeros(1, 3, dtype=torch.bool)  # a row without a true sentence says nothing
+    both = train_clip.ranking(torch.cat([scores, scores[:1]]), torch.cat([true, nothing]))
+    assert both.item() == pytest.approx(np.mean(by_hand), rel=1e-6)
