@@ -153,10 +153,11 @@ def status(run: RunArgument = DEFAULT_RUN) -> None:
     typer.echo(f"{config.name}: {told}, {config.search.trials} wanted")
     measured = [t.user_attrs["metrics"] for t in trials if "metrics" in t.user_attrs and "same_as" not in t.user_attrs]
     if measured:
-        seconds = sum(m["generate_seconds"] for m in measured) / len(measured)
+        pictures = sum(m.get("images", config.prompts.search_images) for m in measured)
+        seconds = sum(m["generate_seconds"] for m in measured)
         saved = sum(m.get("steps_saved", 0.0) for m in measured) / len(measured)  # a run of before has none
         typer.echo(
-            f"{config.prompts.search_images / seconds:.1f} pictures per second and worker; "
+            f"{pictures / seconds:.1f} pictures per second and worker; "
             f"{100 * saved:.0f} % of the denoising steps were those of earlier candidates"
         )
     for trial in trials:

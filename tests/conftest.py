@@ -12,3 +12,9 @@ def tiny_sd3_pipeline() -> Callable[..., StableDiffusion3Pipeline]:
     from .policies.pipelines import sd3_pipeline  # here: it imports all of diffusers' families
 
     return sd3_pipeline
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with whole searches first: beside the many short tests of the others, their waiting costs no time."""
+    long = ("test_faults", "test_real_run", "test_examples", "test_road", "test_tracking", "test_workers", "test_probe")
+    items.sort(key=lambda item: next((i for i, name in enumerate(long) if item.path.stem == name), len(long)))
