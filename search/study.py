@@ -6,11 +6,13 @@ resume, one that has them is told again, any other is run again.
 
 import hashlib
 import json
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from ..evaluators import get
@@ -40,7 +42,9 @@ def _sampler(config: Config, seed: int) -> optuna.samplers.BaseSampler:
         "nsgaii": lambda: optuna.samplers.NSGAIISampler(population_size=20, seed=seed),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
-    return samplers[config.search.sampler]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of TPE's groups, which Optuna has had since 2.8
+        return samplers[config.search.sampler]()
 
 
 def check_objectives(config: Config) -> None:

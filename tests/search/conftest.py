@@ -79,6 +79,8 @@ class World:
             return subprocess.Popen(
                 [sys.executable, "-m", "blocktune.search", *map(str, arguments)],
                 cwd=self.cwd, env=self.environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
+                # a shell starts what runs in its background deaf to Ctrl-C, and children inherit that
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
 
     def processes(self) -> list[int]:

@@ -17,7 +17,8 @@ def entry(*parts: dict[str, list[float]]) -> Entry:
     made: Any = Entry(None, None, iter(()))  # pyright: ignore[reportArgumentType]
     for scores in parts:
         arrays = {name: np.array(values) for name, values in scores.items()}
-        made.add(Measurement(arrays, np.zeros((len(arrays["sane"]), 1, 1, 3), np.uint8), 2.0, 1.0))
+        images = np.zeros((len(arrays["sane"]), 1, 1, 3), np.uint8)
+        made.add(Measurement(arrays, images, 2.0, 1.0, steps_saved=0.5 * made.images))
     return made
 
 
@@ -26,6 +27,7 @@ def test_rounds_add_up_and_means_are_the_differences_seen() -> None:
         {"score": [0.4], "psnr": [20.0], "sane": [1.0]}, {"score": [0.5], "psnr": [30.0], "sane": [1.0]}
     )  # fmt: skip
     assert (made.images, made.generate_seconds, made.score_seconds) == (2, 4.0, 2.0)
+    assert made.steps_saved == 0.25  # nothing of the first picture's, half of the second's
     assert made.means(BEFORE) == pytest.approx({"score": 0.4 - 0.15, "psnr": 25.0, "sane": 0.75 + 0.5})
 
 

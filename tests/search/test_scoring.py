@@ -67,7 +67,8 @@ def test_scores_are_those_of_the_worker(tiny_model):
         )
         for job, told in zip(jobs, (wanted, before), strict=True):
             assert job.result.scores.keys() == told.scores.keys()
-            assert all(np.array_equal(job.result.scores[name], told.scores[name]) for name in told.scores)
+            for name, scores in told.scores.items():  # a model's depend on the batch by rounding
+                assert np.allclose(job.result.scores[name], scores, rtol=1e-5, atol=1e-4), name
             assert np.array_equal(job.result.images, told.images)
         (first,) = scorers()
         os.kill(first, signal.SIGKILL)
