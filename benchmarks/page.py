@@ -41,8 +41,15 @@ def write_run(path: Path, trials: int, images: int) -> None:
     random = np.random.default_rng(0)
     model = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=BLOCKS, fingerprint="0" * 64)
     sizes = {"search_images": images, "confirm_images": images}
+    reported = {"reported": ["shapes_binary", "psnr"]}
     config = Config.model_validate(
-        {"name": "large", "prompts": sizes, "search": {"trials": trials}, "generation": {"num_inference_steps": STEPS}}
+        {
+            "name": "large",
+            "objectives": reported,
+            "prompts": sizes,
+            "search": {"trials": trials},
+            "generation": {"num_inference_steps": STEPS},
+        }
     )
     run = RunDirectory.open(path, config, resume=False)
     study = optuna.create_study(

@@ -125,7 +125,7 @@ class Probe(_Section):
 
 
 class Search(_Section):
-    trials: PositiveInt = Field(default=44, description="the search ends with so many, or at the first limit below")
+    trials: PositiveInt = Field(default=120, description="the search ends with so many, or at the first limit below")
     max_images: PositiveInt | None = Field(
         default=None, description="pictures drawn for candidates; what runs by then is brought to its end"
     )

@@ -1,4 +1,4 @@
-"""blocktune beside its peers: python -m benchmarks.peers [--device cuda] [--size full|tiny] [--run DIR] [--out DIR]
+"""blocktune beside its peers: python -m benchmarks.peers [--device cuda] [--size full|small] [--run DIR] [--out DIR]
 
 One model, the same prompts, seeds, dtype and device, in one process: fewer steps, FORA, first-block cache, TaylorSeer,
 MagCache, DBCache, BudCache's step masks, ECAD's evolution, TexTailor's louder text with random sets beside it, and
@@ -51,6 +51,7 @@ class Size:
 
 SIZES = {
     "full": Size(None, 96, 96, 150, 384, 100, 8, 20, 3),
+    "small": Size(None, 24, 48, 40, 96, 10, 2, 5, 1),  # half an hour of two CPU cores
     "tiny": Size(6, 4, 4, 8, 8, 4, 2, 3, 1),
 }
 
