@@ -40,17 +40,13 @@ def write_run(path: Path, trials: int, images: int) -> None:
     """A finished search of a 38-block model, with its front confirmed."""
     random = np.random.default_rng(0)
     model = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=BLOCKS, fingerprint="0" * 64)
-    sizes = {"search_images": images, "confirm_images": images}
-    reported = {"reported": ["shapes_binary", "psnr"]}
     config = Config.model_validate(
         {
-            "name": "large",
-            "objectives": reported,
-            "prompts": sizes,
-            "search": {"trials": trials},
+            "name": "large", "prompts": {"search_images": images, "confirm_images": images},
+            "objectives": {"reported": ["shapes_binary", "psnr"]}, "search": {"trials": trials},
             "generation": {"num_inference_steps": STEPS},
         }
-    )
+    )  # fmt: skip
     run = RunDirectory.open(path, config, resume=False)
     study = optuna.create_study(
         study_name=STUDY, storage=study_url(run, config), directions=["maximize", "maximize", "minimize"]
