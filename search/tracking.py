@@ -258,7 +258,8 @@ class Tracker:
     def _connect(self) -> None:
         from mlflow import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        # its store prints a traceback of each error that it raises, too: `_fails` tells those in a sentence
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         if self._config.mlflow.uri is None:
             _make_database(self._folder / "mlflow.db")
