@@ -7,7 +7,7 @@ import optuna
 from blocktune.search.config import Search
 from blocktune.search.front import Point, non_dominated, spread
 from blocktune.search.space import anchors, candidate, distributions, steps_of, suggest
-from blocktune.search.study import _sampler
+from blocktune.search.study import new_sampler
 
 from .workbench import Way, Workbench
 
@@ -22,7 +22,7 @@ def proposals(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = bench.config.model_copy(update={"search": Search.model_validate({"sampler": sampler})})
     space, costs, seen = distributions(config, bench.model.num_blocks), bench.costs(), set()
-    study = optuna.create_study(directions=["maximize", "maximize", "minimize"], sampler=_sampler(config, seed))
+    study = optuna.create_study(directions=["maximize", "maximize", "minimize"], sampler=new_sampler(config, seed))
     for params in anchors(config, bench.model.num_blocks).values():
         if params["steps"] in steps_of(config):
             study.enqueue_trial({name: value for name, value in params.items() if name in space})

@@ -33,7 +33,7 @@ from .tracking import Tracker
 from .unmodified import Unmodified
 
 
-def _sampler(config: Config, seed: int) -> optuna.samplers.BaseSampler:
+def new_sampler(config: Config, seed: int) -> optuna.samplers.BaseSampler:
     samplers = {
         # multivariate must be asked for: Optuna 5 leaves it off for several objectives; in groups, because an anchor
         # outside of the space has no params, and with it no choice would be common to all trials and sampled together
@@ -76,6 +76,8 @@ class Study:
         self.unmodified = Unmodified(plain, self.prompts, config, run, pool, display)
         self.baseline = self.unmodified.point
         self._race = Race(len(self.prompts), self.unmodified.slowest)
+        timed = (config.confirm.candidates + len(self._anchors)) * config.confirm.repeats * config.generation.batch
+        self._largest = max(timed, len(self.prompts), len(read_prompts(config, "confirm")))  # job, in pictures
         self._open()
 
     def _open(self) -> None:
@@ -97,7 +99,7 @@ class Study:
         on = {"device": described.device, "dtype": described.dtype, "workers": self.pool.size}
         self.study.set_user_attr("description", on | {"versions": described.versions})
         trials = self.study.get_trials(deepcopy=False)
-        self.study.sampler = _sampler(self.config, self.config.search.seed + len(trials))
+        self.study.sampler = new_sampler(self.config, self.config.search.seed + len(trials))
         for mark, points in (("anchor", self._anchors), ("origin", prior(self.config, self.model))):
             enqueued = {t.user_attrs.get(mark) for t in trials}
             for name, params in points.items():
@@ -284,10 +286,7 @@ class Study:
     def _allow(self, spent: dict[str, float]) -> None:
         """How long a worker may be silent, by what the largest job would have taken so far."""
         if self.config.ray.timeout_s is None and spent["images"]:
-            confirm, batch = self.config.confirm, self.config.generation.batch
-            timed = (confirm.candidates + len(self._anchors)) * confirm.repeats * batch
-            most = max(timed, len(self.prompts), len(read_prompts(self.config, "confirm")))
-            self.pool.limit = 60 + 20 * most * spent["worker_seconds"] / spent["images"]
+            self.pool.limit = 60 + 20 * self._largest * spent["worker_seconds"] / spent["images"]
 
     def _after(self, number: int, chosen: Candidate, images: int, seconds: float) -> None:
         standing, done = self.standing(), self.finished()

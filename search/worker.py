@@ -144,9 +144,12 @@ class Worker:
             pending.append(self._scorer.score.remote(images, texts[batch], compared))
 
         begin = time.perf_counter()
-        settings = lambda: self.generation.model_copy(update=changed)  # noqa: E731 (its batch may be halved meanwhile)
         each = send if self._scorer else None
-        images = self._fitting(lambda: generate(self.pipe, prompts, rows, settings(), steps, policy, prefixes, each))
+        images = self._fitting(
+            lambda: generate(
+                self.pipe, prompts, rows, self.generation.model_copy(update=changed), steps, policy, prefixes, each
+            )
+        )
         made = time.perf_counter()
         saved = (prefixes.given - given) / (prefixes.steps - taken) if prefixes.steps > taken else 0.0
         if self._scorer:
