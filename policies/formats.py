@@ -70,7 +70,7 @@ def ecad(path: str | PathLike[str], num_blocks: int, partial: Partial) -> dict[s
         }
         return {
             "name": schedule.name,
-            "rules": _reuse_elsewhere(computed),
+            "rules": reuse_elsewhere(computed),
             "tuned_for": file.config | {"num_inference_steps": schedule.num_inference_steps},
             "evidence": {"source": source},
         }
@@ -159,13 +159,13 @@ def step_mask(num_blocks: int, mask: Sequence[bool] | Sequence[int]) -> dict[str
     computed = [bool(value) for value in mask]
     return {
         "name": f"{sum(computed)} of {len(computed)} steps",
-        "rules": _reuse_elsewhere([[value] * num_blocks for value in computed]),
+        "rules": reuse_elsewhere([[value] * num_blocks for value in computed]),
         "tuned_for": {"num_inference_steps": len(computed)},
         "evidence": {"source": {"format": "step mask", "mask": [int(value) for value in computed]}},
     }
 
 
-def _reuse_elsewhere(computed: list[list[bool]]) -> tuple[Rule, ...]:
+def reuse_elsewhere(computed: list[list[bool]]) -> tuple[Rule, ...]:
     """Rules under which, in a run of `len(computed)` steps, block b computes where `computed[step][b]` and else reuses.
 
     One rule for all blocks that reuse from step i up to step j: the window [i/T, j/T) holds these steps and no other,

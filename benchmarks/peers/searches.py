@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 from blocktune.policies import BlockPolicy, Rule, ScaleText
-from blocktune.policies.formats import _reuse_elsewhere
+from blocktune.policies.formats import reuse_elsewhere
 
 from ..workbench import Way, Workbench
 
@@ -76,7 +76,7 @@ def evolved(bench: Workbench, candidates: int, pictures: int, population: int = 
         bits[0] = True  # the first step has nothing to reuse
         key = bits.tobytes()
         if key not in members:
-            policy = BlockPolicy(name="ECAD", model=bench.model, rules=_reuse_elsewhere(bits.tolist()))
+            policy = BlockPolicy(name="ECAD", model=bench.model, rules=reuse_elsewhere(bits.tolist()))
             way = Way("ECAD", f"candidate {len(members)}", bench.steps, policy)
             seconds = costs.predict_policy(policy, bench.steps)
             alignment = bench.scores(way, "search", pictures)[bench.objectives[0]].mean()
