@@ -16,7 +16,7 @@ def confirm(study: Study) -> list[Confirmed]:
     """Measure the chosen front members and the anchors; write `confirmed.json` and the picks' policies.
 
     The front is chosen by cautious estimates, since the best of many noisy means are mostly luck.
-    Intervals are paired by prompt and seed, resampled by prompt, and widened for the number of candidates compared
+    Intervals are paired by prompt and seed, grouped by prompt, and widened for the number of candidates compared
     (Bonferroni). Timing runs on one worker while the others rest, each candidate in turn with the unmodified model.
     """
     config, run, pool = study.config, study.run, study.pool

@@ -27,7 +27,7 @@ def read_named(field: str, source: str, split: str, count: int | None) -> tuple[
 
 
 def check_spread(field: str, prompts: Sequence[Prompt]) -> None:
-    """Refuse prompts over which no interval can be had: whole prompts are resampled, so there have to be two."""
+    """Refuse prompts over which no interval can be had: its spread is that between prompts, so there have to be two."""
     if len({prompt.text for prompt in prompts}) < 2:
         told = f"{len(prompts)} picture{'s' * (len(prompts) > 1)} of one prompt"
         raise ConfigError(f"{field} gives {told}; accepted: two prompts or more, for an interval.")
