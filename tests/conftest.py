@@ -1,8 +1,10 @@
 """What tests of several rooms share."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
+from blocktune.search.cli import main
 from diffusers import StableDiffusion3Pipeline
 from hypothesis import settings
 
@@ -17,6 +19,38 @@ def tiny_sd3_pipeline() -> Callable[..., StableDiffusion3Pipeline]:
     from .policies.pipelines import sd3_pipeline  # here: it imports all of diffusers' families
 
     return sd3_pipeline
+
+
+@pytest.fixture
+def blocktune(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command line, in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["blocktune", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capfd.readouterr()
+        code = ended.value.code or 0
+        assert isinstance(code, int)
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def mistake(blocktune: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """The one sentence on stderr that a person is told of a mistake at the command line, which exits with 2."""
+
+    def run(*arguments: str) -> str:
+        code, _, stderr = blocktune(*arguments)
+        assert code == 2
+        assert stderr.startswith("blocktune: ")
+        assert len(stderr.splitlines()) == 1
+        return stderr
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

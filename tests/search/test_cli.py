@@ -1,10 +1,9 @@
 """A person's mistakes at the command line: exit code 2 and one line on stderr."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from blocktune.search.cli import main
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no config file": (["search", "missing.yaml"], "missing.yaml cannot be read"),
@@ -26,28 +25,18 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_one_sentence(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., str]
 ) -> None:
     arguments, told = MISTAKES[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["blocktune", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    stderr = capfd.readouterr().err
-    assert stderr.startswith("blocktune: ")
-    assert told in stderr
-    assert len(stderr.splitlines()) == 1
+    assert told in mistake(*arguments)
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
 def test_prompts_that_are_not_json_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., str]
 ) -> None:
     (tmp_path / "bad.jsonl").write_text("a photo\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["blocktune", "search", "--set", "prompts.confirm=bad.jsonl"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    assert "prompts.confirm: bad.jsonl:1 is not JSON" in capfd.readouterr().err
+    told = mistake("search", "--set", "prompts.confirm=bad.jsonl")
+    assert "prompts.confirm: bad.jsonl:1 is not JSON" in told

@@ -1,12 +1,11 @@
 """What `--dry-run` tells: pictures, hours and detectable differences, from nothing and from what a run has stored."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from blocktune.evaluators import Prompt, minimum_detectable_difference
-from blocktune.search.cli import main
 from blocktune.search.config import Config, load_config
 from blocktune.search.estimate import detectable, estimate, read_cost_table
 from blocktune.search.prompts import read_prompts
@@ -17,34 +16,28 @@ from hypothesis import strategies as st
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "reference" / "cost_table.json"
 
 
-def blocktune(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["blocktune", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code or 0  # pyright: ignore[reportReturnType]
-
-
 def test_a_dry_run_starts_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocktune: Callable[..., tuple[int, str, str]]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert blocktune(monkeypatch, "search", "--dry-run", "--set", "search.trials=10") == 0
-    told = capsys.readouterr().out
+    code, told, _ = blocktune("search", "--dry-run", "--set", "search.trials=10")
+    assert code == 0
     assert "search 960" in told
     assert "not known without a cost table" in told
     assert not list(tmp_path.iterdir())
 
 
 def test_hours_are_those_of_the_cost_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocktune: Callable[..., tuple[int, str, str]]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     same = ["--set", "generation.batch=96"]
-    assert blocktune(monkeypatch, "search", "--dry-run", "--cost-table", str(TABLE), *same) == 0
+    code, out, _ = blocktune("search", "--dry-run", "--cost-table", str(TABLE), *same)
+    assert code == 0
     table, config = read_cost_table(TABLE), load_config(None, ["generation.batch=96"])
     told = estimate(config, RunDirectory(tmp_path), table)
     assert told.seconds == pytest.approx(sum(told.pictures.values()) * table.run_seconds / 96)
-    assert f"at most {told.seconds / 3600:.2f} hours of one NVIDIA H200" in capsys.readouterr().out
+    assert f"at most {told.seconds / 3600:.2f} hours of one NVIDIA H200" in out
 
 
 def test_more_steps_take_longer(tmp_path: Path) -> None:
@@ -75,20 +68,16 @@ def test_a_mistake_is_one_sentence(
     told: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    mistake: Callable[..., str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("words.json").write_text("just words")
     Path("empty.json").write_text("{}")
-    assert blocktune(monkeypatch, "search", "--dry-run", *arguments) == 2
-    stderr = capsys.readouterr().err
-    assert told in stderr
-    assert len(stderr.splitlines()) == 1
+    assert told in mistake("search", "--dry-run", *arguments)
 
 
-def test_a_cost_table_is_for_a_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert blocktune(monkeypatch, "search", "--cost-table", str(TABLE)) == 2
-    assert "without --dry-run" in capsys.readouterr().err
+def test_a_cost_table_is_for_a_dry_run(mistake: Callable[..., str]) -> None:
+    assert "without --dry-run" in mistake("search", "--cost-table", str(TABLE))
 
 
 def _stored(run: RunDirectory, config: Config, **scores: np.ndarray) -> None:

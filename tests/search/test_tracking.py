@@ -20,7 +20,6 @@ import pytest
 from blocktune.evaluators import Prompt
 from blocktune.policies import BlockPolicy, ModelIdentity, Rule, ScaleText, Skip
 from blocktune.search import tracking
-from blocktune.search.cli import main
 from blocktune.search.config import Config, load_config
 from blocktune.search.tracking import Record, Tracker, registered_model, registered_policy
 from hypothesis import HealthCheck, given, settings
@@ -308,7 +307,7 @@ def test_picks_are_versions_with_aliases(store: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["generate", "evaluate", "verify"])
 def test_a_policy_of_the_registry_is_obeyed(
     command: str, server: Server, new_world: Callable[..., Any], tiny_model: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, blocktune: Callable[..., tuple[int, str, str]],
 ) -> None:  # fmt: skip
     from blocktune.search.generation import load
 
@@ -328,12 +327,9 @@ def test_a_policy_of_the_registry_is_obeyed(
         "evaluate": ["evaluate", where, "--evaluators", "crispness", *prompts],
         "verify": ["verify", where, "--evaluators", "crispness", *prompts],
     }[command]
-    monkeypatch.setattr(sys, "argv", ["blocktune", *arguments, "--model", str(tiny_model)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    told = capfd.readouterr()
-    assert ended.value.code == 0, told.err
-    assert {"generate": "out.png", "evaluate": "n = 3", "verify": "crispness"}[command] in told.out
+    code, out, err = blocktune(*arguments, "--model", str(tiny_model))
+    assert code == 0, err
+    assert {"generate": "out.png", "evaluate": "n = 3", "verify": "crispness"}[command] in out
 
 
 MISTAKES: dict[str, tuple[str, list[str], str]] = {
@@ -347,21 +343,14 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_one_sentence(
-    case: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    case: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., str]
 ) -> None:
     reference, more, told = MISTAKES[case]
     client(store).search_experiments()  # the database is there
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     more = [store if word == "STORE" else word for word in more]
-    monkeypatch.setattr(sys, "argv", ["blocktune", "evaluate", reference, *more])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    stderr = capfd.readouterr().err
-    assert stderr.startswith("blocktune: ")
-    assert told in stderr
-    assert len(stderr.splitlines()) == 1
+    assert told in mistake("evaluate", reference, *more)
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 

@@ -1,7 +1,6 @@
 """Whether a file's claims hold: what was measured, filed as evidence, does; better claims and other models do not."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 from blocktune.policies import BlockPolicy, ModelIdentity, Reuse, Rule, ScaleText
 from blocktune.reference.pipeline import new_transformer
-from blocktune.search.cli import main
 
 STEPS = 4
 TUNED = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "max_sequence_length": 12, "dtype": "float32"}
@@ -31,8 +29,7 @@ def verify(
     tiny_model: Path,
     prompts: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    blocktune: Callable[..., tuple[int, str, str]],
 ) -> Verify:
     """Runs `blocktune verify` on a policy with this evidence: exit code, stdout, stderr."""
 
@@ -41,13 +38,7 @@ def verify(
         policy = policy or BlockPolicy.for_model(new_transformer(), "late", [late])
         policy.model_copy(update={"tuned_for": TUNED, "evidence": evidence}).save(tmp_path / "policy.json")
         arguments = ["verify", str(tmp_path / "policy.json"), "--model", str(tiny_model), "--prompts", str(prompts)]
-        monkeypatch.setattr(sys, "argv", ["blocktune", *arguments, "--tolerance", "0.99", *more])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capfd.readouterr()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return code, said.out, said.err
+        return blocktune(*arguments, "--tolerance", "0.99", *more)
 
     return run
 
