@@ -10,7 +10,6 @@ Everything is seeded. A checkpoint is written every minute, and a second call wi
 
 import argparse
 import json
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +24,12 @@ from scipy import ndimage
 from ..evaluators.color import crop
 from ..evaluators.detection import Detection
 from .degradations import degrade
+from .fitting import fit, parser, write_record
 from .pipeline import WORDS, new_clip_tokenizer
 from .scenes import SIZE, draw, prompt_of, sample_request, sample_scene, tabulate
 from .scorers import CLIP, PIXELS, PREFERENCE
 from .sentences import FOREIGN, PALETTE, sentences, truths
-from .train import Checkpoint, optimizer_of, sample_pairs
+from .train import sample_pairs
 
 CONTEXT = 16  # tokens; the longest sentence has 12 with its two marks
 TOWERS = {
@@ -107,21 +107,9 @@ def train(model: Any, tokens: torch.Tensor, args: argparse.Namespace) -> int:
     scenes = len(parts[0][0])
     print(f"{len(pictures)} pictures, {time.monotonic() - began:.0f} s", flush=True)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    rate = torch.zeros((), device=device)
-    optimizer = optimizer_of(model, rate, betas=(0.9, 0.98))
-    checkpoint = Checkpoint(args.work / f"{args.out.name}.pt", device, model=model, optimizer=optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = rate  # loading a state has given each group a rate of its own
-    started, first = time.monotonic(), checkpoint.done
     tokens = tokens.to(device)
-    losses: list[float] = []
-    while True:
-        spent = (time.monotonic() - started) / (60 * args.minutes) if args.minutes else 0.0
-        done = max(checkpoint.done / args.steps, spent)
-        if done >= 1:
-            break
-        rate.fill_(args.lr * min(1.0, (checkpoint.done + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done)))
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + checkpoint.done)
+
+    def loss_of_step(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.randint(scenes, (args.batch,), generator=generator, device=device)
         cut = torch.randint(scenes, len(pictures), (args.batch,), generator=generator, device=device)
         rows = torch.where(torch.rand(args.batch, generator=generator, device=device) < CROPS, cut, rows)
@@ -146,20 +134,9 @@ def train(model: Any, tokens: torch.Tensor, args: argparse.Namespace) -> int:
             loss = loss + gap.sum() / held.sum() + 0.5 * ranking(worse, held)
         else:
             loss = ranking(scores, held) + ranking(scores.T, held.T)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        checkpoint.done += 1
-        losses.append(loss.item())
-        if checkpoint.done % 50 == 0:
-            seconds = time.monotonic() - started
-            pace = seconds / (checkpoint.done - first)
-            mean_loss = np.mean(losses[-50:])
-            print(f"{seconds:5.0f} s  step {checkpoint.done}  loss {mean_loss:.3f}  {pace:.2f} s/step", flush=True)
-        checkpoint.save(every=60)
-    checkpoint.save()
-    return checkpoint.done
+        return loss, loss
+
+    return fit(model, args.out.name, loss_of_step, args)
 
 
 def save(model: Any, config: dict[str, Any], out: Path) -> None:
@@ -182,21 +159,13 @@ def _folder(name: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m blocktune.reference.train_clip", description=__doc__)
-    parser.add_argument(
+    options = parser("train_clip", __doc__, scenes=32_000, batch=128, lr=1.5e-3)
+    options.add_argument(
         "--preference", action="store_true", help="tune the trained model to prefer what is not degraded"
     )
-    parser.add_argument("--out", type=Path, help="where the model is saved; its place in the package when not given")
-    parser.add_argument("--start", type=Path, default=_folder(CLIP), help="the model that --preference goes on from")
-    parser.add_argument("--work", type=Path, default=Path("runs/clip-training"), help="checkpoints")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=32_000, help="training pictures")
-    parser.add_argument("--steps", type=int, default=6_000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--minutes", type=float, help="end within so many minutes, with fewer steps if need be")
-    args = parser.parse_args()
+    options.add_argument("--out", type=Path, help="where the model is saved; its place in the package when not given")
+    options.add_argument("--start", type=Path, default=_folder(CLIP), help="the model that --preference goes on from")
+    args = options.parse_args()
     args.out = args.out or _folder(PREFERENCE if args.preference else CLIP)
     args.work.mkdir(parents=True, exist_ok=True)
     from open_clip import CLIP as Towers
@@ -213,10 +182,7 @@ def main() -> None:
     started = time.monotonic()
     steps = train(model, padded, args)
     save(model.eval(), config, args.out)
-    record = {"steps": steps, "batch": args.batch, "lr": args.lr, "scenes": args.scenes, "seed": args.seed}
-    record |= {"device": args.device, "seconds": round(time.monotonic() - started), "torch": torch.__version__}
-    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"saved {args.out}", flush=True)
+    write_record(args, steps, time.monotonic() - started)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ Everything is seeded. A checkpoint is written every minute, and a second call wi
 """
 
 import argparse
-import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 from .degradations import degrade
+from .fitting import fit, parser, write_record
 from .scenes import MAX_OBJECTS, SHAPES, Object, Request, Thing, sample_scene, tabulate
 from .scorers import DETECTOR, PIXELS
-from .train import Checkpoint, optimizer_of
 from .train_clip import draw_all
 
 DEGRADED = 0.3  # share of pictures that are degraded
@@ -126,21 +124,9 @@ def train(model: Any, args: argparse.Namespace) -> int:
     labels = torch.where(table[:, :, 2] > 0, table[:, :, 3].long(), -1).to(device)
     print(f"{len(pictures)} pictures, {time.monotonic() - began:.0f} s", flush=True)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    rate = torch.zeros((), device=device)
-    optimizer = optimizer_of(model, rate, betas=(0.9, 0.98))
-    checkpoint = Checkpoint(args.work / "detector.pt", device, model=model, optimizer=optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = rate  # loading a state has given each group a rate of its own
-    started, first = time.monotonic(), checkpoint.done
     model.train()
-    losses: list[float] = []
-    while True:
-        spent = (time.monotonic() - started) / (60 * args.minutes) if args.minutes else 0.0
-        done = max(checkpoint.done / args.steps, spent)
-        if done >= 1:
-            break
-        rate.fill_(args.lr * min(1.0, (checkpoint.done + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done)))
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + checkpoint.done)
+
+    def loss_of_step(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.randint(len(pictures), (args.batch,), generator=generator, device=device)
         clean = pictures[rows].float() / 255
         faulty = degrade(clean, torch.rand(args.batch, generator=generator, device=device), generator)
@@ -150,21 +136,9 @@ def train(model: Any, args: argparse.Namespace) -> int:
         answers = [(a["class_queries_logits"], a["masks_queries_logits"]) for a in output.auxiliary_logits]
         answers.append((output.class_queries_logits, output.masks_queries_logits))
         layers = [loss_of(named, drawn, labels[rows], masks[rows]) for named, drawn in answers]
-        loss = torch.stack(layers).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        checkpoint.done += 1
-        losses.append(layers[-1].item())
-        if checkpoint.done % 50 == 0:
-            seconds = time.monotonic() - started
-            pace = seconds / (checkpoint.done - first)
-            mean_loss = np.mean(losses[-50:])
-            print(f"{seconds:5.0f} s  step {checkpoint.done}  loss {mean_loss:.3f}  {pace:.2f} s/step", flush=True)
-        checkpoint.save(every=60)
-    checkpoint.save()
-    return checkpoint.done
+        return torch.stack(layers).sum(), layers[-1]
+
+    return fit(model, "detector", loss_of_step, args)
 
 
 def sharpen(model: Any) -> None:
@@ -181,17 +155,9 @@ def sharpen(model: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m blocktune.reference.train_detector", description=__doc__)
-    parser.add_argument("--out", type=Path, default=DETECTOR, help="where the model is saved")
-    parser.add_argument("--work", type=Path, default=Path("runs/detector-training"), help="checkpoints")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=20_000, help="training pictures")
-    parser.add_argument("--steps", type=int, default=6_000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--minutes", type=float, help="end within so many minutes, with fewer steps if need be")
-    args = parser.parse_args()
+    options = parser("train_detector", __doc__, scenes=20_000, batch=64, lr=1e-3)
+    options.add_argument("--out", type=Path, default=DETECTOR, help="where the model is saved")
+    args = options.parse_args()
     from transformers import Mask2FormerImageProcessor
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -203,10 +169,7 @@ def main() -> None:
     model.eval().half().cpu().save_pretrained(args.out)
     edges = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
     Mask2FormerImageProcessor(size=edges).save_pretrained(args.out)
-    record = {"steps": steps, "batch": args.batch, "lr": args.lr, "scenes": args.scenes, "seed": args.seed}
-    record |= {"device": args.device, "seconds": round(time.monotonic() - started), "torch": torch.__version__}
-    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"saved {args.out}", flush=True)
+    write_record(args, steps, time.monotonic() - started)
 
 
 if __name__ == "__main__":
