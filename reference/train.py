@@ -43,7 +43,7 @@ from .scenes import (
     tabulate,
 )
 
-KIND_SHARES = {"single": 0.12, "colors": 0.12, "counting": 0.18, "two": 0.13, "position": 0.25, "attribution": 0.2}
+KIND_SHARES = {"single": 0.14, "colors": 0.1, "counting": 0.17, "two": 0.13, "position": 0.26, "attribution": 0.2}
 DROP_BLOCK = 0.08  # stochastic depth (Huang et al. 2016), a picture at a time
 DROP_CAPTION = 0.1  # empty prompts, for classifier-free guidance
 FULL_T5, FULL_T5_TOKENS = 0.04, 256  # share of batches with T5 padded to SD3's default
@@ -358,10 +358,10 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=400_000, help="training pictures")
     parser.add_argument("--vae-steps", type=int, default=5_000)
     parser.add_argument("--vae-batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=11_500)
+    parser.add_argument("--steps", type=int, default=26_000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--caption-noise", type=float, default=0.15, help="chance that an attribute word is wrong")
+    parser.add_argument("--caption-noise", type=float, default=0.1, help="chance that an attribute word is wrong")
     parser.add_argument("--minutes", type=float, help="end within so many minutes, with fewer steps if need be")
     args = parser.parse_args()
     args.started = time.monotonic()
