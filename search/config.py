@@ -84,7 +84,7 @@ class Space(_Section):
         "choices, and some hundred trials tell little about more than 64 bands",
     )
     reuse_every: tuple[int, ...] = Field(
-        default=(2, 3, 4), description="choices of a band's reuse; computing is always one"
+        default=(2, 3, 4, 6), description="choices of a band's reuse; computing is always one"
     )
     reuse_from: tuple[float, ...] = Field(
         default=(0.2, 0.3, 0.4, 0.5, 0.6), description="where reuse may begin, a fraction of the run"
@@ -93,13 +93,13 @@ class Space(_Section):
         default=("key", "value", "logit"), description="where text may be scaled; not to scale it is always a choice"
     )
     max_scale: float = Field(default=1.8, gt=1, description="text is scaled by 1 to this, on a log axis")
-    text_until: tuple[float, ...] = Field(default=(0.3, 0.6, 1.0), description="where louder text may end")
+    text_until: tuple[float, ...] = Field(default=(0.15, 0.3, 1.0), description="where louder text may end")
     skip: bool = Field(default=True, description="also try to skip one block late in the run")
     steps: tuple[PositiveInt, ...] = Field(
-        default=(), description="other numbers of steps that a candidate may take than generation.num_inference_steps"
+        default=(12, 8), description="fewer steps than generation.num_inference_steps that a candidate may take as well"
     )
     anchor_steps: tuple[PositiveInt, ...] = Field(
-        default=(14,), description="the unmodified model at so many steps is an anchor: what a policy has to beat"
+        default=(12, 8), description="the unmodified model at so many steps is an anchor: what a policy has to beat"
     )
 
 

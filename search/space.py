@@ -37,8 +37,9 @@ def bands(space: Space, num_blocks: int) -> list[tuple[int, ...]]:
 
 
 def steps_of(config: Config) -> tuple[int, ...]:
-    """The numbers of steps that a candidate may take, the unmodified model's first."""
-    return tuple(dict.fromkeys((config.generation.num_inference_steps, *config.space.steps)))
+    """The numbers of steps that a candidate may take, the unmodified model's first, which no other exceeds."""
+    most = config.generation.num_inference_steps
+    return (most, *dict.fromkeys(steps for steps in config.space.steps if steps < most))
 
 
 def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -117,7 +118,7 @@ def neighbours(params: dict[str, Any], config: Config, model: ModelIdentity) -> 
 def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
     """Known points, measured first: what `candidate` takes, by the name they are reported under.
 
-    Those of `space.anchor_steps` take a number of steps that the space may not offer.
+    Those of `space.anchor_steps` take a number of steps that the space may not offer; only fewer ones are of use.
     """
     space = config.space
     count = len(bands(space, num_blocks))
@@ -128,7 +129,7 @@ def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
         plain |= {"skip": 0, "skip_from": NEVER}
     plain |= {"steps": config.generation.num_inference_steps}
     points = {"unmodified": plain}
-    points |= {f"{steps} steps": plain | {"steps": steps} for steps in space.anchor_steps}
+    points |= {f"{steps} steps": plain | {"steps": steps} for steps in space.anchor_steps if steps < plain["steps"]}
     for every in space.reuse_every[-2:]:
         points[f"late reuse {every}"] = plain | {f"reuse_{i}": every for i in range(count)}
     louder = "value" if "value" in space.operands else space.operands[0]

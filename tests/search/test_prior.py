@@ -53,7 +53,7 @@ def test_bands_do_what_their_blocks_suggest(model: ModelIdentity) -> None:
     assert (louder.blocks, louder.action) == ((3, 4, 5), ScaleText(operand="value", scale=1.5))
     # no block of the last band was worth the probe's time, so two of the other three reuse
     reusing = {r.blocks: r.action for r in rules["probe: reuse"]}
-    assert reusing == {(3, 4, 5): Reuse(every=4), (6, 7, 8): Reuse(every=4)}
+    assert reusing == {(3, 4, 5): Reuse(every=6), (6, 7, 8): Reuse(every=6)}
     assert len(rules["probe: reuse and louder"]) == 3
     (skip,) = rules["probe: skip"]
     assert (skip.blocks, skip.action) == ((9,), Skip())

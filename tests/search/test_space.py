@@ -92,7 +92,7 @@ def test_neighbours_differ_in_one_choice_by_one_notch(
 def test_anchors_lie_in_the_space_but_for_their_steps(config: Config) -> None:
     choices = distributions(config, 12)
     points = anchors(config, 12)
-    assert [values["steps"] for values in points.values()] == [20, 14, 20, 20, 20]
+    assert [values["steps"] for values in points.values()] == [20, 12, 8, 20, 20, 20]
     for values in points.values():
         assert choices.keys() <= values.keys() <= choices.keys() | {"steps"}
         for name in choices.keys() - {"steps"}:
