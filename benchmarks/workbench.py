@@ -4,6 +4,7 @@ What was measured lies in a folder under the name of the way, so a benchmark tha
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,7 +47,8 @@ class Way:
 class Workbench:
     """Everything is made on one device in one dtype, from the prompts, seeds and settings of one config."""
 
-    def __init__(self, config: Config, out: Path, device: str) -> None:
+    def __init__(self, config: Config, out: Path, device: str, beside: Sequence[str] = ()) -> None:
+        """`beside` names what scores each picture beside the objectives."""
         self.config, self.out, self.device = config, out, device
         dtype = torch.bfloat16 if device == "cuda" or config.model.dtype == "bfloat16" else torch.float32
         self.pipe = load(config.model.path, device, dtype)
@@ -55,6 +57,7 @@ class Workbench:
         self.prompts = {split: read_prompts(config, split) for split in ("search", "confirm")}
         self.rows = {s: embed(self.pipe, [p.text for p in of], config.generation) for s, of in self.prompts.items()}
         self.objectives = (config.objectives.alignment, config.objectives.quality)
+        self.scored = (*self.objectives, *beside)
         self._prefixes = {split: Prefixes(config.ray.prefix_gib) for split in self.prompts}
         self._known: dict[str, dict[str, np.ndarray]] = {}
         self._started = time.monotonic()
@@ -64,11 +67,12 @@ class Workbench:
     def _refuse_others(self) -> None:
         """What lies in the folder must be of the same device, dtype, prompts and settings."""
         path, here = self.out / "measured_on.json", {**self.circumstances, **self.config.searched()}
-        if path.exists() and json.loads(path.read_text()) != here:
+        if not path.exists():
+            self.write(path.name, here)
+        elif json.loads(path.read_text()) != here:
             raise SystemExit(
                 f"{path} tells of other circumstances; go on where they are the same, or take another --out."
             )
-        self.write(path.name, here)
 
     @property
     def circumstances(self) -> dict[str, Any]:
@@ -79,7 +83,7 @@ class Workbench:
         print(f"{time.monotonic() - self._started:6.0f} s  {line}", flush=True)
 
     def scores(self, way: Way, split: str, count: int | None = None) -> dict[str, np.ndarray]:
-        """Alignment and quality `(n,)` per picture of the split, or of its first `count`; measured only once."""
+        """Scores `(n,)` by name, per picture of the split or of its first `count`; measured only once."""
         prompts = self.prompts[split][:count]
         name = f"{split}-{len(prompts)}-{way.key}"
         path = self.out / "scores" / f"{name}.npz"
@@ -89,8 +93,8 @@ class Workbench:
         if name not in self._known:
             images = self.pictures(way, split, len(prompts))
             texts = [p.text for p in prompts]
-            self._known[name] = {objective: get(objective).score(images, texts) for objective in self.objectives}
-            beside = path.with_suffix(".new.npz")
+            self._known[name] = {name: get(name).score(images, texts) for name in self.scored}
+            beside = path.with_suffix(f".{os.getpid()}.npz")  # another process may be at the same
             np.savez(beside, allow_pickle=False, **self._known[name])
             beside.replace(path)
         return self._known[name]
@@ -104,20 +108,25 @@ class Workbench:
             )  # fmt: skip
 
     def seconds(self, ways: Sequence[Way], rounds: int) -> list[float]:
-        """Measured seconds of one batch under each way: medians over rounds in which each has its turn."""
+        """Measured seconds of one batch under each way: medians over rounds in which each has its turn.
+
+        One way of each method is made before, and not counted, for what is chosen and allocated at a first time.
+        """
         batch = self.config.generation.batch
         prompts, rows = self.prompts["confirm"][:batch], some(self.rows["confirm"], slice(batch))
-        taken: list[list[float]] = [[] for _ in ways]
-        for number in range(rounds + 1):  # the first is not counted
-            for way, seconds in zip(ways, taken, strict=True):
-                with way.cache(self.pipe) if way.cache else nullcontext():
-                    self._synchronize()
-                    begin = time.perf_counter()
-                    generate(self.pipe, prompts, rows, self.config.generation, way.steps, way.policy)
-                    self._synchronize()
-                if number:
-                    seconds.append(time.perf_counter() - begin)
-        return [float(np.median(seconds)) for seconds in taken]
+
+        def timed(way: Way) -> float:
+            with way.cache(self.pipe) if way.cache else nullcontext():
+                self._synchronize()
+                begin = time.perf_counter()
+                generate(self.pipe, prompts, rows, self.config.generation, way.steps, way.policy)
+                self._synchronize()
+                return time.perf_counter() - begin
+
+        for way in {way.method: way for way in ways}.values():
+            timed(way)
+        taken = [[timed(way) for way in ways] for _ in range(rounds)]
+        return [float(seconds) for seconds in np.median(taken, axis=0)]
 
     def _synchronize(self) -> None:
         if self.device == "cuda":

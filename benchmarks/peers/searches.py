@@ -19,10 +19,9 @@ def step_mask(bench: Workbench, computed: int, rounds: int, pictures: int) -> Wa
     Its cost is the squared distance of a few pictures to those of the unmodified model (BudCache: of their latents);
     one computed step moves at a time, mostly by up to three. Step 0 is always computed.
     """
-    path = bench.out / "step_masks.json"
-    known: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
+    path = bench.out / f"step_mask-{computed}.json"
     steps = bench.steps
-    if str(computed) not in known:
+    if not path.exists():
         rng = np.random.default_rng(computed)
         full = bench.pictures(Way("unmodified", "", steps), "search", pictures) / 255
         costs: dict[tuple[int, ...], float] = {}
@@ -51,10 +50,9 @@ def step_mask(bench: Workbench, computed: int, rounds: int, pictures: int) -> Wa
             if not around or cost(min(around, key=cost)) >= cost(best):
                 break
             best = min(around, key=cost)
-        known[str(computed)] = list(best)
-        bench.write(path.name, known)
+        bench.write(path.name, best)
         bench.say(f"BudCache, {computed} of {steps} steps: {list(best)}, {len(costs)} masks tried")
-    return _masked(bench, tuple(known[str(computed)]))
+    return _masked(bench, tuple(json.loads(path.read_text())))
 
 
 def _masked(bench: Workbench, at: tuple[int, ...]) -> Way:
