@@ -13,7 +13,7 @@ from ..policies.policy import ModelIdentity
 from .config import Config, ConfigError
 from .space import anchors, bands
 
-COLUMNS = ("block", "effect", "kind", "delta")
+COLUMNS = ("block", "effect", "kind", "delta", "whole")
 # Class of the transformer, its blocks, the blocks whose text input is scaled, by how much, and where it is from.
 PUBLISHED = (
     ("FluxTransformer2DModel", 57, (2, 7, 12, 17, 22), 1.5, "FLUX [2,7,12,17,22] x1.5"),  # arXiv 2601.02211, README
@@ -50,12 +50,13 @@ def suggested(table: Any, config: Config, num_blocks: int) -> dict[str, dict[str
         raise ConfigError(f"search.prior is {config.search.prior!r}, which {told}.")
     space, plain = config.space, anchors(config, num_blocks)["unmodified"]
     groups = bands(space, num_blocks)
-    means = table[table["kind"] == "all"].groupby(["effect", "block"])["delta"].mean()
-    effects = {effect: means[effect] for effect in means.index.unique("effect")}
+    told = table[table["kind"] == "all"]
+    effects = {effect: rows.groupby("block")["delta"].mean() for effect, rows in told.groupby("effect")}
+    proven = {e: rows.groupby("block")["delta"].mean() for e, rows in told[told["whole"]].groupby("effect")}
     points: dict[str, dict[str, Any]] = {}
     gains: dict[str, float] = {}
     for operand in space.operands:
-        best = effects.get(f"enhance {operand}", pd.Series(dtype=float)).nlargest(config.probe.chosen)
+        best = proven.get(f"enhance {operand}", pd.Series(dtype=float)).nlargest(config.probe.chosen)
         best = best[best > 0]
         if len(best):
             scale, name = min(config.probe.scale, space.max_scale), f"probe: louder {operand}"
@@ -71,7 +72,7 @@ def suggested(table: Any, config: Config, num_blocks: int) -> dict[str, dict[str
         if gains:
             points["probe: reuse and louder"] = points[max(gains, key=gains.__getitem__)] | reuse
     if "remove" in effects and space.skip:
-        points["probe: skip"] = plain | {"skip": int(effects["remove"].idxmax()), "skip_from": 0.5}
+        points["probe: skip"] = plain | {"skip": int(proven["remove"].idxmax()), "skip_from": 0.5}
     return points
 
 

@@ -5,13 +5,14 @@ by picture with the unmodified model, for all prompts and for each kind. Control
 block, which must change nothing; and on held-out prompts the best blocks together against random sets of their size and
 against all blocks at the same budget.
 
-Coarse to fine: groups of neighbouring blocks first, on fewer pictures; then the blocks of the groups that matter most.
+Coarse to fine: groups of neighbouring blocks first, then the blocks of the groups that matter most, both on a quarter
+of the pictures; then the best of these blocks on all.
 """
 
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +27,7 @@ from ..evaluators import paired_interval
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from ..policies.policy import ModelIdentity
 from .config import Config
+from .config import Probe as ProbeConfig
 from .pool import Job, Pool
 from .progress import Display
 from .prompts import read_prompts
@@ -46,7 +48,10 @@ EFFECTS: dict[str, tuple[Callable[[float], Action], int]] = {
     "enhance value": (lambda s: ScaleText(operand="value", scale=s), 1),
     "enhance logit": (lambda s: ScaleText(operand="logit", scale=s), 1),
 }
-COARSE = 3  # of the pictures, and of the groups that go on, one in so many
+FEW = 4  # one in so many pictures is drawn for what only has to be ranked
+KEPT = 3  # one in so many groups goes on
+Blocks: TypeAlias = tuple[int, ...]
+Case: TypeAlias = tuple[str, tuple[float, float]]  # an effect in a window
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Part:
     """One change to measure: an effect at some blocks in a window, on the first `images` prompts of a split."""
 
     effect: str
-    blocks: tuple[int, ...]
+    blocks: Blocks
     window: tuple[float, float]
     images: int
     split: str = "search"
@@ -78,32 +83,42 @@ class Probe:
         self.refused: dict[str, str] = {}  # effects that the model does not know, and why
 
     def measure(self) -> Table:
-        """All blocks under all effects: block, effect, window, kind, delta, low, high, n, psnr; written as well."""
-        probe = self.config.probe
-        blocks = self.model.num_blocks
+        """All blocks under all effects: block, effect, window, kind, delta, low, high, n, psnr, whole; written as well.
+
+        `whole` tells blocks that had all pictures from those that fell out on a part of them.
+        """
+        probe, blocks = self.config.probe, self.model.num_blocks
         self._baseline("search")
-        cases = [(effect, window) for window in probe.windows for effect in probe.effects]
-        groups = [tuple(range(a, min(a + probe.group, blocks))) for a in range(0, blocks, probe.group)]
-        few = max(2, math.ceil(self.images / COARSE))
-        kept = math.ceil(len(groups) / COARSE)
-        coarse = len(groups) * few + kept * probe.group * self.images
-        per_case = coarse if probe.group > 1 else blocks * self.images
-        self._tell_cost(len(cases) * per_case, len(cases) * blocks * self.images)
-        parts: list[Part] = []
+        cases: list[Case] = [(effect, window) for window in probe.windows for effect in probe.effects]
+        singles: list[Blocks] = [(b,) for b in range(blocks)]
+        last = dict.fromkeys(cases, singles)
+        tried: list[Part] = []
+        self._tell_cost()
         if probe.group > 1:
-            first = [Part(effect, group, window, few) for effect, window in cases for group in groups]
-            means = self._run("groups of blocks", first)
-            for effect, window in cases:
-                wanted = EFFECTS[effect][1]
-                of_case = [p for p in first if (p.effect, p.window) == (effect, window) and p in means]
-                best = sorted(of_case, key=lambda p: -wanted * means[p])[:kept]
-                parts += [Part(effect, (b,), window, self.images) for p in best for b in p.blocks]
-        else:
-            parts = [Part(effect, (b,), window, self.images) for effect, window in cases for b in range(blocks)]
-        self._run("blocks", parts)
+            groups = [tuple(range(a, min(a + probe.group, blocks))) for a in range(0, blocks, probe.group)]
+            few = _few(self.images)
+            best = self._best("groups of blocks", dict.fromkeys(cases, groups), few, math.ceil(len(groups) / KEPT))
+            inside = {case: [(b,) for group in chosen for b in group] for case, chosen in best.items()}
+            last = self._best("their blocks", inside, few, probe.chosen)
+            tried = _parts(inside, few)
+        parts = _parts(last, self.images)
+        self._run("the best blocks" if tried else "blocks", parts)
+        reached = {(p.effect, p.window, p.blocks) for p in parts}
+        parts += [p for p in tried if (p.effect, p.window, p.blocks) not in reached]
         table = self._table([p for p in parts if p.effect not in self.refused])
         self._write(table, "probe.parquet")
         return table
+
+    def _best(self, stage: str, cases: dict[Case, list[Blocks]], images: int, count: int) -> dict[Case, list[Blocks]]:
+        """The `count` best of each case on its first `images` pictures, in their order; without what is refused."""
+        means = self._run(stage, _parts(cases, images))
+        best: dict[Case, list[Blocks]] = {}
+        for case, blocks in cases.items():
+            effect, window = case
+            if effect not in self.refused:
+                gains = {b: EFFECTS[effect][1] * means[Part(effect, b, window, images)] for b in blocks}
+                best[case] = sorted(blocks, key=gains.__getitem__, reverse=True)[:count]
+        return best
 
     def controls(self, table: Table) -> Table:
         """The best blocks of the most helpful louder text together, random sets, and all: on held-out prompts.
@@ -112,7 +127,7 @@ class Probe:
         """
         probe = self.config.probe
         louder = table[(table["kind"] == "all") & table["effect"].str.startswith("enhance")]
-        louder = louder[louder["effect"] != "enhance input"]  # acts on later blocks, whichever is named
+        louder = louder[louder["whole"] & (louder["effect"] != "enhance input")]  # acts on later blocks, too
         if louder.empty:
             return pd.DataFrame()
         self._baseline("confirm")
@@ -141,7 +156,10 @@ class Probe:
         self._write(result, "probe_sets.parquet")
         return result
 
-    def _tell_cost(self, planned: int, full: int) -> None:
+    def _tell_cost(self) -> None:
+        probe, blocks = self.config.probe, self.model.num_blocks
+        planned = pictures(probe, blocks, self.images)
+        full = pictures(probe.model_copy(update={"group": 1}), blocks, self.images)
         minutes = planned * self.seconds_per_image / self.pool.size / 60
         share = f", {100 * planned / full:.0f} % of every block on all pictures" if planned < full else ""
         self.display.say(f"probing draws {planned} pictures{share}: about {minutes:.0f} minutes")
@@ -168,16 +186,19 @@ class Probe:
         steps = self.config.generation.num_inference_steps
 
         def keep(job: Job) -> None:
-            part = job.tag
-            prompts = self.prompts[part.split][: part.images]
-            self.run.write_scores(self._name(part), prompts, job.result.scores)
+            part, scores = job.tag, job.result.scores
+            if begun := self._begun(part):
+                before = self.run.read_scores(self._name(begun))
+                scores = {name: np.concatenate([before[name], values]) for name, values in scores.items()}
+            self.run.write_scores(self._name(part), self.prompts[part.split][: part.images], scores)
             self.display.advance(f"{part.effect} {list(part.blocks)}")
 
-        missing = [p for p in parts if not (self.run.scores / f"{self._name(p)}.parquet").exists()]
         jobs = []
-        for part in missing:
-            policy = part.policy(self.model, self.config.probe.scale)
-            jobs.append(Job("measure", (policy, steps, part.split, self._reference, part.images), part))
+        for part in parts:
+            if not self._stored(part):
+                policy, begun = part.policy(self.model, self.config.probe.scale), self._begun(part)
+                start = begun.images if begun else 0
+                jobs.append(Job("measure", (policy, steps, part.split, self._reference, part.images, start), part))
         self.display.stage(stage, len(jobs))
         failed = self.pool.try_all(jobs, keep)
         for job in failed:
@@ -185,6 +206,14 @@ class Probe:
         for effect, reason in self.refused.items():
             self.display.say(f"{effect} is left out: {reason}")
         return {p: self._deltas(p, "all")["delta"] for p in parts if p.effect not in self.refused}
+
+    def _stored(self, part: Part) -> bool:
+        return (self.run.scores / f"{self._name(part)}.parquet").exists()
+
+    def _begun(self, part: Part) -> Part | None:
+        """The same change on fewer pictures, where it was ranked by these."""
+        fewer = replace(part, images=_few(self.images))
+        return fewer if fewer.images < part.images and self._stored(fewer) else None
 
     def _deltas(self, part: Part, kind: str) -> dict[str, Any]:
         after: Table = self.run.read_scores(self._name(part))
@@ -204,6 +233,7 @@ class Probe:
         rows = [
             {"block": p.blocks[0], "effect": p.effect, "window": f"{p.window[0]:g}-{p.window[1]:g}", "kind": kind}
             | self._deltas(p, kind)
+            | {"whole": p.images == self.images}
             for p in parts
             for kind in kinds
         ]
@@ -215,6 +245,25 @@ class Probe:
         beside.replace(self.run.path / name)
 
 
+def pictures(probe: ProbeConfig, num_blocks: int, images: int) -> int:
+    """How many are drawn of blocks and of their groups, where each part has all of `images` or the few that rank it."""
+    cases = len(probe.effects) * len(probe.windows)
+    if probe.group == 1:
+        return cases * num_blocks * images
+    groups = math.ceil(num_blocks / probe.group)
+    inside = min(math.ceil(groups / KEPT) * probe.group, num_blocks)
+    few = _few(images)
+    return cases * ((groups + inside) * few + min(probe.chosen, inside) * (images - few))
+
+
+def _few(images: int) -> int:
+    return min(images, max(2, math.ceil(images / FEW)))
+
+
+def _parts(cases: dict[Case, list[Blocks]], images: int) -> list[Part]:
+    return [Part(effect, b, window, images) for (effect, window), blocks in cases.items() for b in blocks]
+
+
 def _window(told: str) -> tuple[float, float]:
     start, end = told.split("-")
     return float(start), float(end)
@@ -222,13 +271,16 @@ def _window(told: str) -> tuple[float, float]:
 
 def best_blocks(table: Table, effect: str, count: int) -> list[int]:
     """The `count` blocks that an effect marks as the best, over all windows, best first."""
-    rows = table[(table["effect"] == effect) & (table["kind"] == "all")]
+    rows = table[(table["effect"] == effect) & (table["kind"] == "all") & table["whole"]]
     means = rows.groupby("block")["delta"].mean() * EFFECTS[effect][1]
     return [int(b) for b in means.nlargest(count).index]
 
 
 def draw(table: Table, num_blocks: int, path: Path) -> None:
-    """A heat map block x effect for each kind of prompt; a dot marks what differs from zero by its interval."""
+    """A heat map block x effect for each kind of prompt; a dot marks what differs from zero by its interval.
+
+    Blocks that fell out on fewer pictures are shown by these.
+    """
     kinds, effects = list(dict.fromkeys(table["kind"])), list(dict.fromkeys(table["effect"]))
     columns = min(3, len(kinds))
     rows = math.ceil(len(kinds) / columns)

@@ -21,13 +21,16 @@ ORIGINS = ("probe: louder value", "probe: reuse", "probe: reuse and louder", "pr
 def rows(effect: str, deltas: dict[int, float]) -> list[dict[str, Any]]:
     told = [{"block": b, "effect": effect, "window": "0-1", "kind": "all", "delta": d} for b, d in deltas.items()]
     # what one kind of prompts says is not asked
-    return told + [row | {"kind": "single", "delta": -row["delta"]} for row in told]
+    told += [row | {"kind": "single", "delta": -row["delta"]} for row in told]
+    return [row | {"whole": True} for row in told]
 
 
 def table() -> pd.DataFrame:
     """Louder text helps at blocks 4 and 5 and nothing helps by its key; 9 is idle, reuse harms the first blocks."""
     return pd.DataFrame(
         rows("enhance value", {3: -0.01, 4: 0.02, 5: 0.01})
+        # fell out on a part of the pictures, so it is no suggestion, however good it looked
+        + [row | {"whole": False} for row in rows("enhance value", {11: 9.0})]
         + rows("enhance key", {0: -0.03, 1: -0.01})
         + rows("reuse", {b: -0.02 for b in range(3)} | {b: -0.001 * (12 - b) for b in range(3, 9)})
         + rows("remove", {9: 0.0, 10: -0.05})
@@ -93,7 +96,7 @@ def test_what_is_no_probe_of_this_model_is_one_sentence(tmp_path: Path) -> None:
     for name in ("text.parquet", "scores.parquet"):
         with pytest.raises(ConfigError, match=r"accepted: the probe\.parquet that blocktune probe writes"):
             read_probe(prior(tmp_path / name))
-    with pytest.raises(ConfigError, match="has a block 10; this model's are 0 to 5"):
+    with pytest.raises(ConfigError, match="has a block 11; this model's are 0 to 5"):
         suggested(table(), Config(), 6)
 
 

@@ -1,5 +1,6 @@
 """A real probe of a tiny model by the command line, and what its table says."""
 
+import hashlib
 import json
 import re
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from blocktune.evaluators import load_prompts
 from blocktune.policies import BlockPolicy, Rule, Skip
+from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Probe, load_config
 from blocktune.search.generation import embed, generate, load
-from blocktune.search.probe import EFFECTS, best_blocks
+from blocktune.search.probe import EFFECTS, Part, best_blocks
+from blocktune.search.run_directory import RunDirectory
 from PIL import Image
 
 BLOCKS = 12
@@ -36,7 +39,18 @@ def probed(world):
     return world.cwd / "runs" / "tiny", done.stdout
 
 
-def test_groups_go_first_and_their_best_blocks_are_measured_alone(probed):
+def _mean_of_first(run, effect: str, block: int, count: int) -> float:
+    """The mean difference of alignment on the first pictures, from the stored scores."""
+    config = RunDirectory.existing(run).load_config()
+    model = ModelIdentity.of(load(config.model.path, "cpu", torch.float32))
+    policy = Part(effect, (block,), (0.0, 1.0), count).policy(model, config.probe.scale)
+    digest = hashlib.sha256(f"{policy.digest}-search-{count}".encode()).hexdigest()
+    tables = [pd.read_parquet(run / "scores" / f"{name}.parquet") for name in (f"probe-{digest[:16]}", "unmodified")]
+    after, before = (table[config.objectives.alignment][:count].mean() for table in tables)
+    return float(after - before)
+
+
+def test_groups_go_first_then_their_blocks_then_the_best_of_these(probed):
     run, _ = probed
     table = pd.read_parquet(run / "probe.parquet")
     for effect in SHOWN:
@@ -46,11 +60,17 @@ def test_groups_go_first_and_their_best_blocks_are_measured_alone(probed):
         starts = sorted(rows["block"])[::3]
         assert all(start % 3 == 0 for start in starts)
         assert sorted(rows["block"]) == [b for start in starts for b in range(start, start + 3)]
+        wanted = EFFECTS[effect][1]
+        whole, part = rows[rows["whole"]], rows[~rows["whole"]]
+        assert (set(whole["n"]), set(part["n"])) == ({3}, {2})
+        # the two that did best on two pictures, by which they were chosen
+        few = {b: wanted * _mean_of_first(run, effect, b, 2) for b in rows["block"]}
+        assert min(few[b] for b in whole["block"]) >= max(few[b] for b in part["block"])
+        assert set(best_blocks(table, effect, 2)) == set(whole["block"])
     assert set(table["kind"]) == {"all", "single", "colors", "counting"}
     everything = table[table["kind"] == "all"]
     assert (everything["low"] <= everything["delta"]).all()
     assert (everything["delta"] <= everything["high"]).all()
-    assert set(everything["n"]) == {3}
     assert table[table["kind"] != "all"]["low"].isna().all()  # of one prompt each
 
 
@@ -99,7 +119,7 @@ def test_the_cost_is_told_first_and_nothing_is_measured_twice(world, probed):
     world.run("probe", world.config, *PROBE, "--set", "probe.group=1", "--set", 'probe.effects=["remove"]')
     full = pd.read_parquet(run / "probe.parquet")
     assert len(full[full["kind"] == "all"]) == BLOCKS
-    known = before[before["effect"] == "remove"].set_index(["block", "kind"])["delta"]
+    known = before[(before["effect"] == "remove") & before["whole"]].set_index(["block", "kind"])["delta"]
     assert full.set_index(["block", "kind"])["delta"].loc[known.index].tolist() == known.tolist()
 
 
@@ -109,7 +129,8 @@ def test_best_blocks_are_those_that_help_or_need_the_text():
         for effect in ("remove", "disable")
         for b in range(6)
     ]
-    table = pd.DataFrame(rows)
+    fell = {"block": 7, "effect": "remove", "window": "0-1", "kind": "all", "delta": 9.0, "whole": False}
+    table = pd.DataFrame([row | {"whole": True} for row in rows] + [fell])
     assert best_blocks(table, "remove", 2) == [5, 4]
     assert best_blocks(table, "disable", 2) == [0, 1]
 
