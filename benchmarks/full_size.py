@@ -11,6 +11,8 @@ Not covered: text encoders (loaded beside, run once per prompt) and scoring, for
 
 import argparse
 import json
+import os
+import resource
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -126,16 +128,10 @@ def build(name: str, tiny: bool, device: str, dtype: torch.dtype) -> Any:
     return pipe
 
 
-class RandomWeights(Worker):
-    """A worker of the search whose pipeline is built instead of loaded, and who notes the GPU's memory."""
+class Noting(Worker):
+    """A worker of the search that notes its memory and the GPU's, a line per measurement."""
 
-    notes: Path  # a line per measurement
-    example: str
-    tiny: bool
-
-    def __init__(self, config: Config, dtype: str | None = None):
-        blocktune.search.worker.load = lambda path, device, kind: build(self.example, self.tiny, device, kind)
-        super().__init__(config, dtype)
+    notes: Path
 
     def measure(self, *args: Any, **kwargs: Any) -> Any:
         cuda = self.device == "cuda"
@@ -145,11 +141,23 @@ class RandomWeights(Worker):
         measured = super().measure(*args, **kwargs)
         note = {
             "images": len(measured.images), "seconds": measured.generate_seconds, "weights_gib": weights / 2**30,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0, "pid": os.getpid(),
+            "main_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }  # fmt: skip
         with self.notes.open("a") as file:
             file.write(json.dumps(note) + "\n")
         return measured
+
+
+class RandomWeights(Noting):
+    """One whose pipeline is built instead of loaded."""
+
+    example: str
+    tiny: bool
+
+    def __init__(self, config: Config, dtype: str | None = None):
+        blocktune.search.worker.load = lambda path, device, kind: build(self.example, self.tiny, device, kind)
+        super().__init__(config, dtype)
 
 
 def measure(example: str, tiny: bool, trials: int) -> dict[str, Any]:
@@ -167,7 +175,7 @@ def measure(example: str, tiny: bool, trials: int) -> dict[str, Any]:
         notes = Path(place) / "notes.jsonl"
         RandomWeights.notes, RandomWeights.example, RandomWeights.tiny = notes, example, tiny
         blocktune.search.pool.Worker = RandomWeights
-        run = launch(short, Path(place) / "run", resume=False, confirm_only=False)
+        run = launch(short, Path(place) / "run", False, False, write_page=lambda run, output: None)
         table = read_cost_table(run.path / "cost_table.json")
         noted = pd.read_json(notes, lines=True)
         confirmed = json.loads(run.confirmed.read_text())
