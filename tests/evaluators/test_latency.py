@@ -22,7 +22,7 @@ def pipe(tiny_sd3_pipeline):
 
 
 def generate(pipe, steps: int = STEPS, guidance: float = 4.0):
-    text, pooled = torch.ones(IMAGES, 8, 32), torch.ones(IMAGES, 32)
+    text, pooled = (torch.ones(IMAGES, *shape, device=pipe.device) for shape in ((8, 32), (32,)))
     return pipe(
         prompt_embeds=text,
         pooled_prompt_embeds=pooled,

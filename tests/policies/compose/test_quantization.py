@@ -68,6 +68,7 @@ def test_int8_weights(name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes quantises on a GPU")
+@pytest.mark.filterwarnings("ignore:::bitsandbytes")
 def test_bitsandbytes(tiny_sd3_pipeline, tmp_path):
     pytest.importorskip("bitsandbytes")
     from diffusers import BitsAndBytesConfig, SD3Transformer2DModel
