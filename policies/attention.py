@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .error import PolicyError
+from .logits import weighted_attention
 
 
 def scale_rows(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -72,45 +73,43 @@ class ScaledAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> torch.Tensor:
         """In place of `scaled_dot_product_attention`; all `(batch, heads, tokens, head dim)`.
 
         Calls on other keys than text and image, as those of an IP adapter, are left alone.
         """
+        options: dict[str, Any] = {
+            "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa
+        }  # fmt: skip
         total = key.shape[2]
         if total != (self.text_tokens if self.text_keys == "all" else query.shape[2]):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
         self.calls = self.calls + 1
         start = total - self.text_tokens if self.text_keys == "last" else 0
-        end = start + self.text_tokens
-
-        def louder(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-            if factor is None:
-                return x
-            parts = [x[:, :, :start], scale_rows(x[:, :, start:end], factor.unsqueeze(1)), x[:, :, end:]]
-            return torch.cat(parts, dim=2)
-
-        key, value = louder(key, self.key), louder(value, self.value)
+        text = slice(start, start + self.text_tokens)
+        key, value = _with_scaled(key, text, self.key), _with_scaled(value, text, self.value)
         if self.logit is None:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        image = slice(0, start) if self.text_keys == "last" else slice(text.stop, total)
+        factor = self.logit.to(query.device)
+        learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        if attn_mask is None and factor.shape[1] == 1 and not (learns or dropout_p or is_causal or enable_gqa):
+            return weighted_attention(query, key, value, text, image, factor, scale)
         # One bias row serves every image query, so without a mask no (queries x keys) one is built, and text queries go
         # without.
-        weight = self.logit.to(query.device).log().to(query.dtype).transpose(1, 2).unsqueeze(1)  # (rows, 1, 1, text)
+        weight = factor.log().to(query.dtype).transpose(1, 2).unsqueeze(1)  # (rows, 1, 1, text)
         weight = weight.expand(-1, -1, -1, self.text_tokens)
-        bias = F.pad(weight, (start, total - end))  # (rows, 1, 1, keys)
-        first, last = query[:, :, :start], query[:, :, end:]
-        outputs = []
-        for at, part in ((0, first), (end, last)):
-            if part.shape[2]:
-                mask = _biased(_rows_of(attn_mask, at, part.shape[2]), bias)
-                mask = mask.expand(part.shape[0], -1, part.shape[2], -1)
-                outputs.append(F.scaled_dot_product_attention(part, key, value, mask, *args, **kwargs))
-        text = query[:, :, start:end]
-        mask = _rows_of(attn_mask, start, self.text_tokens)
-        outputs.insert(1 if start else 0, F.scaled_dot_product_attention(text, key, value, mask, *args, **kwargs))
-        return torch.cat(outputs, dim=2)
+        bias = F.pad(weight, (start, total - text.stop))  # (rows, 1, 1, keys)
+        asking, mask = query[:, :, image], _biased(_rows_of(attn_mask, image), bias)
+        mask = mask.expand(asking.shape[0], -1, asking.shape[2], -1)
+        of_image = F.scaled_dot_product_attention(asking, key, value, mask, **options)
+        mask = _rows_of(attn_mask, text)
+        of_text = F.scaled_dot_product_attention(query[:, :, text], key, value, mask, **options)
+        return torch.cat([of_image, of_text] if self.text_keys == "last" else [of_text, of_image], dim=2)
 
 
 class _Intercept(TorchFunctionMode):
@@ -130,9 +129,20 @@ class _Intercept(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _rows_of(mask: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
+def _with_scaled(x: torch.Tensor, text: slice, factor: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values with those of the text scaled: in place, for they are the attention's own and read once."""
+    if factor is None:
+        return x
+    scaled = scale_rows(x[:, :, text], factor.unsqueeze(1))
+    if (torch.is_grad_enabled() and x.requires_grad) or 0 in x.stride():  # expanded: rows share their memory
+        return torch.cat([x[:, :, : text.start], scaled, x[:, :, text.stop :]], dim=2)
+    x[:, :, text].copy_(scaled)
+    return x
+
+
+def _rows_of(mask: torch.Tensor | None, queries: slice) -> torch.Tensor | None:
     """The part of an attention mask `(..., queries or 1, keys)` for some of the queries."""
-    return mask if mask is None or mask.shape[-2] == 1 else mask[..., start : start + count, :]
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., queries, :]
 
 
 def _biased(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:

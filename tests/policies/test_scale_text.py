@@ -148,7 +148,7 @@ def test_branch_is_a_half_of_the_batch(pipe, inputs, operand, scope, branch):
     with torch.no_grad():
         s = torch.tensor(rows, dtype=torch.float64)
         torch.testing.assert_close(got, forward_by_hand(pipe.transformer, inputs, [1], operand, scope, s))
-    if operand != "logit":  # whose mask changes the kernel, and so the last bit, of the other half
+    if operand != "logit":  # which is attended to in two parts, and so rounded otherwise, in the other half, too
         other = slice(0, 2) if branch == "cond" else slice(2, 4)
         assert torch.equal(got[other], plain(pipe, inputs)[other])
 
