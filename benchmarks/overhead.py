@@ -1,12 +1,14 @@
 """What a policy costs beside what it saves: python benchmarks/overhead.py [--model NAME …] [--size full|tiny]
 
-Real architectures at real sizes with random weights: time does not depend on the values of weights. Everything is a
-ratio of two things timed in turn in one process, so that drift of the device's clock hits both; the median of the
-ratios is told with their range. Eager, and with the repeated blocks compiled.
+Real architectures at real sizes with random weights: time does not depend on the values of weights. A round times the
+plain model and every variant in one order and then in the reverse, so that a drift of the device's clock falls out of
+their ratios; the median of the rounds is told with their range. Forwards follow on each other as in a denoising loop,
+the first of each visit untimed: it sets up, and compiles. Eager, and with the repeated blocks compiled.
 
 Covered: the transformer of SD3.5-Large, FLUX.1-dev and Qwen-Image at 1024x1024 in bfloat16, guidance as their pipelines
 run it. Not covered: text encoders and the decoder, which a policy does not touch. `--size tiny` runs the same road on
-small models, to try it where no GPU is; its ratios say nothing.
+small models, to try it where no GPU is; its ratios say nothing. What is known is written after each round; of the same
+device and versions, what other runs wrote to the same folder is kept.
 """
 
 import argparse
@@ -14,7 +16,10 @@ import gc
 import json
 import platform
 import statistics
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +28,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from blocktune.evaluators import measure_cost_table, time_runs
+from blocktune.evaluators import measure_cost_table, peak_memory, time_runs
 from blocktune.policies import BlockPolicy, Plan, Reuse, Rule, ScaleText, Skip, apply_policy
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
@@ -33,7 +38,8 @@ from diffusers import (
 )
 
 RESULTS = Path(__file__).parent / "results" / "overhead"
-STEPS = 28
+STEPS = 12  # of the run that is predicted
+VISIT = 0.4  # seconds that a variant is timed for at a time, about
 LIMITS = {  # at most
     "empty policy": 1.005,
     "skip 1 / removed": 1.01,
@@ -121,10 +127,10 @@ MODELS = {"sd3.5-large": _sd3, "flux.1-dev": _flux, "qwen-image": _qwen}
 class Bench:
     """One model on one device, and its ratios."""
 
-    def __init__(self, name: str, tiny: bool, device: str, repeats: int):
+    def __init__(self, name: str, tiny: bool, device: str):
         torch.manual_seed(0)
         made = MODELS[name](tiny)
-        self.device, self.repeats = torch.device(device), repeats
+        self.device = torch.device(device)
         torch.set_default_dtype(torch.bfloat16)
         try:
             with self.device:  # created where it stays: a copy of 20 B parameters would take minutes
@@ -137,13 +143,80 @@ class Bench:
         self.containers = {name: getattr(self.model, name) for name in names if hasattr(self.model, name)}
         self.numbered = [block for blocks in self.containers.values() for block in blocks]
         self.blocks = len(self.numbered)
-        self.rows: list[dict[str, Any]] = []
+        # What is done to the model while it is timed, in an order in which those that are compared stand together.
+        self.variants: dict[str, Callable[[], AbstractContextManager[Any]]] = {"plain": nullcontext}
+        self.compared: dict[str, tuple[str, str]] = {}  # two variants by row
+        self.compare("empty policy", self.under(), "plain")
+        for part, count in (("1", 1), ("a quarter", self.blocks // 4), ("half", self.blocks // 2)):
+            chosen = sorted({round((i + 0.5) * self.blocks / count - 0.5) for i in range(count)})  # spread evenly
+            self.variants[f"{part} removed"] = lambda chosen=chosen: self.without(chosen)
+            skipping = self.under(Rule(blocks=chosen, action=Skip()))
+            self.compare(f"skip {part} / removed", skipping, f"{part} removed")
+        for operand in ("input", "key", "value", "logit"):
+            scaling = self.under(Rule(blocks=range(self.blocks), action=ScaleText(operand=operand, scale=1.3)))
+            self.compare(f"scale {operand}", scaling, "plain")
 
     def policy(self, *rules: Rule) -> BlockPolicy:
         return BlockPolicy.for_model(self.model, "bench", rules)
 
+    def under(self, *rules: Rule) -> Callable[[], AbstractContextManager[Any]]:
+        policy = self.policy(*rules)
+        return lambda: apply_policy(self.model, policy)
+
+    @contextmanager
+    def without(self, chosen: list[int]) -> Iterator[None]:
+        gone = {self.numbered[i] for i in chosen}
+        try:
+            for name, blocks in self.containers.items():
+                setattr(self.model, name, torch.nn.ModuleList(block for block in blocks if block not in gone))
+            yield
+        finally:
+            for name, blocks in self.containers.items():
+                setattr(self.model, name, blocks)
+
+    def compare(self, row: str, variant: Callable[[], AbstractContextManager[Any]], with_variant: str) -> None:
+        self.variants[row] = variant
+        self.compared[row] = row, with_variant
+
     def forward(self) -> None:
         self.model(**self.inputs, return_dict=False)
+
+    def timed(self, forwards: int) -> float:
+        """Seconds of a forward, of `forwards` that follow on each other."""
+        return time_runs(lambda: [self.forward() for _ in range(forwards)], 1, 0) / forwards
+
+    def round(self) -> dict[str, float]:
+        """Each row's ratio, all timed once in one order and once in the reverse."""
+        self.forward()
+        forwards = min(4, max(1, round(VISIT / self.timed(1))))
+        seconds: defaultdict[str, list[float]] = defaultdict(list)
+
+        def visit(name: str) -> None:
+            with self.variants[name]():
+                self.forward()
+                seconds[name].append(self.timed(forwards))
+            print(f"    {name:<28} {seconds[name][-1]:.5f} s", flush=True)
+
+        order = [*self.variants, "plain"]
+        for name in order:
+            visit(name)
+        reused = self.reusing()
+        for name in reversed(order):
+            visit(name)
+        mean = {name: statistics.fmean(times) for name, times in seconds.items()}
+        ratios = {row: mean[first] / mean[second] for row, (first, second) in self.compared.items()}
+        return ratios | {"a step that reuses every block": reused / mean["plain"]}
+
+    def reusing(self) -> float:
+        """Seconds of a step that reuses every block: of the last three of five, for the first computes."""
+        policy, seconds = self.policy(Rule(blocks=range(self.blocks), action=Reuse())), []
+        with apply_policy(self.model, policy, scheduler=self.scheduler):
+            self.scheduler.set_timesteps(5, device=self.device)
+            for t in self.scheduler.timesteps:
+                seconds.append(self.timed(1))
+                latents = self.inputs["hidden_states"]
+                self.scheduler.step(latents, t, latents)
+        return statistics.fmean(seconds[2:])
 
     def denoise(self, steps: int = STEPS) -> np.ndarray:
         """A run of the transformer: what a pipeline does between encoding and decoding, guidance's sum left out."""
@@ -154,59 +227,7 @@ class Bench:
             latents = self.scheduler.step(noise.reshape(latents.shape), t, latents, return_dict=False)[0]
         return np.zeros((len(latents), 8, 8, 3), np.uint8)
 
-    def add(self, row: str, value: float, low: float, high: float) -> None:
-        limit = LIMITS[row]
-        held = abs(np.log(value)) <= np.log(limit) if row.startswith("measured") else value <= limit
-        self.rows.append({"row": row, "ratio": value, "low": low, "high": high, "limit": limit, "held": bool(held)})
-        print(
-            f"  {row:<34} {value:8.4f}  [{low:.4f}, {high:.4f}]  limit {limit}  {'ok' if held else 'MISSED'}",
-            flush=True,
-        )
-
-    def under(self, policy: BlockPolicy, row: str, against: Callable[[], None] | None = None) -> None:
-        """Seconds of a forward under the policy over those without, or over `against`."""
-        ratios = []
-        for repeat in range(self.repeats + 1):
-            with apply_policy(self.model, policy):
-                obeying = time_runs(self.forward, 2, 1)
-            ratio = obeying / time_runs(against or self.forward, 2, 1)
-            if repeat:  # in the first round things are still being compiled and allocated
-                ratios.append(ratio)
-        self.add(row, statistics.median(ratios), min(ratios), max(ratios))
-
-    def skipping(self, row: str, count: int) -> None:
-        """Skipping `count` blocks, spread evenly, over a model without them."""
-        chosen = sorted({round((i + 0.5) * self.blocks / count - 0.5) for i in range(count)})
-        gone = {self.numbered[i] for i in chosen}
-        fewer = {c: torch.nn.ModuleList(b for b in blocks if b not in gone) for c, blocks in self.containers.items()}
-
-        def removed() -> None:
-            try:
-                for name, blocks in fewer.items():
-                    setattr(self.model, name, blocks)
-                self.forward()
-            finally:
-                for name, blocks in self.containers.items():
-                    setattr(self.model, name, blocks)
-
-        self.under(self.policy(Rule(blocks=chosen, action=Skip())), row, removed)
-
-    def reusing(self) -> None:
-        """A step that reuses every block over one that computes all."""
-        policy, ratios = self.policy(Rule(blocks=range(self.blocks), action=Reuse())), []
-        for repeat in range(self.repeats + 1):
-            seconds = []
-            with apply_policy(self.model, policy, scheduler=self.scheduler):
-                self.scheduler.set_timesteps(3, device=self.device)
-                for t in self.scheduler.timesteps:
-                    seconds.append(time_runs(self.forward, 1, 0))
-                    latents = self.inputs["hidden_states"]
-                    self.scheduler.step(latents, t, latents)
-            if repeat:
-                ratios.append(seconds[2] / time_runs(self.forward, 3, 1))
-        self.add("a step that reuses every block", statistics.median(ratios), min(ratios), max(ratios))
-
-    def run(self) -> None:
+    def run(self) -> dict[str, list[float]]:
         """A whole run under a mixed policy over what the cost table says, and the memory of its cache."""
         n = self.blocks
         mixed = self.policy(
@@ -214,51 +235,47 @@ class Bench:
             Rule(blocks=[n // 2, n // 2 + 1], window=(0.5, 1.0), action=Skip()),
             Rule(blocks=range(n // 4), window=(0.0, 0.5), action=ScaleText(operand="value", scale=1.2)),
         )
-        table = measure_cost_table(SimpleNamespace(transformer=self.model), self.denoise, repeats=3)
-        plan = Plan.compile(mixed, STEPS)
-        predicted = table.predict(plan.kinds)
-        with apply_policy(self.model, mixed, scheduler=self.scheduler) as applied:
-            seconds = [time_runs(self.denoise, 1, 1 if i == 0 else 0) for i in range(3)]
-            cached = applied.report.cache_bytes
-        ratios = [s / predicted for s in seconds]
-        self.add("measured / predicted run", statistics.median(ratios), min(ratios), max(ratios))
-        if self.device.type == "cuda":
-            self.memory(mixed, cached)
+        rows = {"measured / predicted cache": [self.memory(mixed)]} if self.device.type == "cuda" else {}
 
-    def memory(self, policy: BlockPolicy, predicted: int) -> None:
+        def obeying() -> float:
+            with apply_policy(self.model, mixed, scheduler=self.scheduler):
+                return time_runs(self.denoise, 1, 0)
+
+        before = obeying()
+        table = measure_cost_table(SimpleNamespace(transformer=self.model), self.denoise, repeats=2)
+        predicted = table.predict(Plan.compile(mixed, STEPS).kinds)
+        return rows | {"measured / predicted run": [before / predicted, obeying() / predicted]}
+
+    def memory(self, policy: BlockPolicy) -> float:
         """Memory that the cache takes at its largest, as the allocator saw it, over the bytes that the report tells."""
 
         def peak() -> int:
             gc.collect()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            self.denoise()
-            return torch.cuda.max_memory_allocated()
+            return peak_memory(lambda: self.denoise(4))
 
         plain = peak()
-        with apply_policy(self.model, policy, scheduler=self.scheduler):
-            self.denoise()
+        with apply_policy(self.model, policy, scheduler=self.scheduler) as applied:
             held = peak()
+            told = applied.report.cache_bytes
         with apply_policy(self.model, policy, scheduler=self.scheduler, cache_device="cpu"):
             on_cpu = peak()
-        value = (held - plain) / predicted
-        self.add("measured / predicted cache", value, value, value)
         mib = 2**20
-        print(f"  cache {predicted / mib:.0f} MiB; more at the peak {(held - plain) / mib:.0f}, on the CPU "
+        print(f"  cache {told / mib:.0f} MiB; more at the peak {(held - plain) / mib:.0f}, on the CPU "
               f"{(on_cpu - plain) / mib:.0f} MiB", flush=True)  # fmt: skip
+        return (held - plain) / told
 
-    def all(self, compiled: bool) -> list[dict[str, Any]]:
-        self.under(self.policy(), "empty policy")
-        self.skipping("skip 1 / removed", 1)
-        self.skipping("skip a quarter / removed", self.blocks // 4)
-        self.skipping("skip half / removed", self.blocks // 2)
-        self.reusing()
-        for operand in ("input", "key", "value", "logit"):
-            rule = Rule(blocks=range(self.blocks), action=ScaleText(operand=operand, scale=1.3))
-            self.under(self.policy(rule), f"scale {operand}")
-        if not compiled:  # timing hooks would recompile
-            self.run()
-        return self.rows
+
+def judged(ratios: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """The rows of a table, printed: the median over rounds with its range, and whether it is within its limit."""
+    rows = []
+    for row, values in ratios.items():
+        value, low, high, limit = statistics.median(values), min(values), max(values), LIMITS[row]
+        held = abs(np.log(value)) <= np.log(limit) if row.startswith("measured") else value <= limit
+        rows.append({"row": row, "ratio": value, "low": low, "high": high, "limit": limit, "held": bool(held)})
+        print(f"  {row:<34} {value:8.4f}  [{low:.4f}, {high:.4f}]  limit {limit}  {'ok' if held else 'MISSED'}")
+    print(flush=True)
+    return rows
 
 
 def main() -> None:
@@ -266,36 +283,53 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2, help="all three models: 2 take about 6 minutes of an H100")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables; nothing is written for tiny")
     args = parser.parse_args()
+    # a graph for every operand and kind of block is more than torch compiles of one function by default
+    torch._dynamo.config.recompile_limit = 64
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     measured = {"device": name, "torch": torch.__version__, "diffusers": diffusers.__version__, "steps": STEPS}
-    path = args.out / "overhead.json"
-    results: dict[str, Any] = {}  # a model at a time may be measured: tables of the same circumstances are added to
-    if args.size == "full" and path.exists():
-        known = json.loads(path.read_text())
-        of_others = known.pop("results")
-        results = of_others if known == measured else {}
+
+    def tell(title: str, ratios: dict[str, list[float]]) -> None:
+        print(title)
+        rows = judged(ratios)
+        if args.size == "full":
+            write(args.out, measured, {title: rows})
+
     for model in args.model:
-        for compiled in (False, True):
-            title = f"{model}, {'blocks compiled' if compiled else 'eager'}"
-            print(title, flush=True)
-            with torch.inference_mode():
-                bench = Bench(model, args.size == "tiny", args.device, args.repeats)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            bench = Bench(model, args.size == "tiny", args.device)
+            for compiled in (False, True):
+                title, ratios = f"{model}, {'blocks compiled' if compiled else 'eager'}", defaultdict(list)
                 if compiled:
                     for block in bench.numbered:
                         block.compile(fullgraph=True)
-                results[title] = bench.all(compiled)
-            del bench
-            torch._dynamo.reset()
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
-            if args.size == "full":
-                args.out.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(measured | {"results": results}, indent=2) + "\n")
-                (args.out / "overhead.md").write_text(table(measured, results))
+                for _ in range(args.rounds):
+                    for row, ratio in bench.round().items():
+                        ratios[row].append(ratio)
+                    tell(title, ratios)
+                if not compiled:  # timing hooks would recompile
+                    ratios |= bench.run()
+                    tell(title, ratios)
+        print(f"{model} took {time.perf_counter() - began:.0f} s", flush=True)
+        del bench
+        torch._dynamo.reset()
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def write(out: Path, measured: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
+    """Adds to the tables in `out` of the same circumstances; those of others are replaced."""
+    path = out / "overhead.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    before = known.pop("results", {})
+    results = (before if known == measured else {}) | results
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(measured | {"results": results}, indent=2) + "\n")
+    (out / "overhead.md").write_text(table(measured, results))
 
 
 def table(measured: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> str:
