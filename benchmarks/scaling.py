@@ -61,7 +61,7 @@ SMALL = {
     ],
     "sd3.5-large": [*TINY, "model.dtype=float32"],
 }  # fmt: skip
-TRIALS = {"full": 20, "tiny": 8}
+TRIALS = {"full": 24, "tiny": 8}
 
 
 def config_of(model: str, size: str, trials: int) -> Config:
