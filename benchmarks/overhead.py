@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=2, help="all three models: 2 take about 6 minutes of an H100")
+    parser.add_argument("--rounds", type=int, default=2, help="in each mode; 2 are meant for 7 minutes of an H100")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables; nothing is written for tiny")
     args = parser.parse_args()
     # a graph for every operand and kind of block is more than torch compiles of one function by default
