@@ -38,7 +38,7 @@ from diffusers import (
 )
 
 RESULTS = Path(__file__).parent / "results" / "overhead"
-STEPS = 12  # of the run that is predicted
+STEPS = 28  # of the run that is predicted
 VISIT = 0.4  # seconds that a variant is timed for at a time, about
 LIMITS = {  # at most
     "empty policy": 1.005,
@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=2, help="in each mode; 2 are meant for 7 minutes of an H100")
+    parser.add_argument("--rounds", type=int, default=2, help="in each mode; 2 are meant for 8 minutes of an H100")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables; nothing is written for tiny")
     args = parser.parse_args()
     # a graph for every operand and kind of block is more than torch compiles of one function by default

@@ -54,7 +54,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(None, 96, 96, 150, 384, 100, 8, 20, 3),
+    "full": Size(None, 96, 96, 120, 384, 60, 8, 20, 2),
     "small": Size(None, 24, 48, 40, 96, 10, 2, 5, 1),  # half an hour of two CPU cores
     "tiny": Size(6, 4, 4, 8, 8, 4, 2, 3, 1),
 }
