@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 from blocktune.evaluators import get, scale_of
-from blocktune.search.front import Point, hypervolume, non_dominated
+from blocktune.search.front import Baseline, Point, hypervolume, non_dominated
 from blocktune.search.racing import REACH, TRIFLE, Race, rounds
 from blocktune.search.run_directory import RunDirectory
 from blocktune.search.storage import STUDY, open_storage, point_of, study_url
@@ -42,7 +42,7 @@ class Field:
         self.latency = np.array([point_of(t).latency for t in trials])
         self.anchor = np.array(["anchor" in t.user_attrs for t in trials])
         self.kinds = before["kind"].to_numpy()
-        self.unmodified = Point("unmodified", 0.0, 0.0, float(self.latency[0]))
+        self.unmodified = Baseline("unmodified", 0.0, 0.0, float(self.latency[0]), scales=(1.0, 1.0))
         self.described = study.user_attrs["description"]
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:

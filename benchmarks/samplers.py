@@ -21,7 +21,7 @@ from blocktune.search.front import hypervolume, non_dominated
 from scipy.special import stdtrit
 
 from .searching import proposals
-from .workbench import Way, Workbench
+from .workbench import Workbench
 
 RESULTS = Path(__file__).parent / "results" / "samplers"
 SAMPLERS = ("tpe", "gp", "nsgaii", "random")
@@ -42,8 +42,7 @@ SIZES = {"full": Size(50, 48, 5), "tiny": Size(9, 2, 2, ("generation.num_inferen
 
 def curve(bench: Workbench, sampler: str, seed: int, size: Size) -> list[tuple[int, float]]:
     """Pictures drawn and hypervolume, after each trial of one search."""
-    plain = Way("unmodified", "", bench.steps)
-    baseline = bench.point(plain, bench.costs().run_seconds, "search", size.pictures)
+    baseline = bench.baseline(bench.costs().run_seconds, "search", size.pictures)
     drawn, points, told = 0, [], []
     for _, point, new in proposals(bench, sampler, size.trials, size.pictures, seed):
         drawn += size.pictures * new

@@ -40,7 +40,7 @@ def searched(bench: Workbench, trials: int, pictures: int, count: int) -> list[W
     """The members of a search's front that command most, by estimates lowered by their standard error."""
     plain = Way("unmodified", "unmodified", bench.steps)
     before = bench.scores(plain, "search", pictures)
-    baseline = bench.point(plain, bench.costs().run_seconds, "search", pictures)
+    baseline = bench.baseline(bench.costs().run_seconds, "search", pictures)
     ways: dict[str, Way] = {}
     points: list[Point] = []
     for way, point, new in proposals(bench, "tpe", trials, pictures):

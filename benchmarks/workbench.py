@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from blocktune.evaluators import CostTable, get, measure_cost_table
+from blocktune.evaluators import CostTable, get, measure_cost_table, scale_of
 from blocktune.policies import BlockPolicy, ModelIdentity
 from blocktune.search.config import Config
-from blocktune.search.front import Point
+from blocktune.search.front import Baseline, Point
 from blocktune.search.generation import device_name, embed, generate, load, some
 from blocktune.search.prefixes import Prefixes
 from blocktune.search.prompts import read_prompts
@@ -147,6 +147,12 @@ class Workbench:
     def point(self, way: Way, latency: float, split: str, count: int | None = None) -> Point:
         alignment, quality = (float(self.scores(way, split, count)[name].mean()) for name in self.objectives)
         return Point(way.name, alignment, quality, latency, way.key, way.steps)
+
+    def baseline(self, latency: float, split: str, count: int | None = None) -> Baseline:
+        """The unmodified model, which others are told against."""
+        scales = scale_of(get(self.objectives[0])), scale_of(get(self.objectives[1]))
+        plain = self.point(Way("unmodified", "unmodified", self.steps), latency, split, count)
+        return Baseline(**vars(plain), scales=scales)
 
     def write(self, name: str, value: Any) -> None:
         (self.out / name).write_text(json.dumps(value, indent=2) + "\n")

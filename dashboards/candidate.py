@@ -10,19 +10,16 @@ import pyarrow.parquet as parquet
 
 from ..evaluators import Interval, paired_interval
 from ..search.config import Config
-from ..search.front import Confirmed, held_out_name
+from ..search.front import Confirmed, held_out_name, is_fidelity
 from . import pictures
 from .files import Missing, RunFiles, Unreadable
-from .standing import confirmed_of, margins_of, slug, study_of
+from .standing import confirmed_of, in_points, margins_of, scales_of, slug, study_of
 from .trials import Trial
-
-FIDELITY = ("psnr", "ssim")  # likeness to the unmodified picture: a difference to the unmodified model says nothing
 
 
 def find(files: RunFiles, name: str) -> tuple[Trial, Confirmed | None, tuple[float, float]]:
     """The complete trial under the name `trial-7` or of an anchor, as confirmed, and the margins of the run."""
-    config = files.config()
-    found = [t for t in study_of(files, config)[0] if t.complete and slug(t.name) == name]
+    found = [t for t in study_of(files, files.config())[0] if t.complete and slug(t.name) == name]
     if not found:
         raise Missing(f"{name} is no finished trial of this run.")
     record, confirmed = confirmed_of(files)
@@ -41,11 +38,10 @@ def describe(files: RunFiles, name: str) -> dict[str, Any]:
     config = files.config()
     trial, confirmed, margins = find(files, name)
     objectives = config.objectives
-    evaluators = list(dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported)))
+    scales = scales_of(study_of(files, config)[1], config)
     if confirmed:
         before, after = "confirm-unmodified", held_out_name(confirmed)
-        intervals = {objectives.alignment: confirmed.alignment, objectives.quality: confirmed.quality}
-        intervals |= confirmed.reported
+        intervals = confirmed.intervals(objectives)
     else:
         before, after = "unmodified", f"trial-{trial.attributes.get('same_as', trial.number):04d}"
         intervals = {}
@@ -56,9 +52,9 @@ def describe(files: RunFiles, name: str) -> dict[str, Any]:
         raise Unreadable(f"scores/{after}.parquet does not fit scores/{before}.parquet.")
     everything = np.ones(len(tables[0]["seed"]), bool)
     metrics = []
-    for evaluator in evaluators:
-        interval = intervals.get(evaluator) or _interval(tables, evaluator, everything)
-        metrics.append({"name": evaluator, "fidelity": evaluator in FIDELITY, **_told(interval)})
+    for evaluator, scale in scales.items():
+        interval = intervals.get(evaluator) or _interval(tables, evaluator, everything, scale)
+        metrics.append({"name": evaluator, "fidelity": is_fidelity(evaluator), **_told(interval)})
     speedup = trial.attributes["metrics"].get("speedup")
     names = policy_files(files, trial, confirmed) if trial.rules else []
     return {
@@ -71,11 +67,9 @@ def describe(files: RunFiles, name: str) -> dict[str, Any]:
         "seconds": confirmed.seconds if confirmed else trial.attributes["metrics"].get("latency"),
         "confirmed": confirmed is not None,
         "held": bool(confirmed and confirmed.holds(*margins)),
-        "margin": margins[0],
         "picks": confirmed.picks if confirmed else [],
-        "seen": {k: trial.attributes["metrics"].get(k) for k in evaluators},
         "metrics": metrics,
-        "kinds": _kinds(tables, objectives.alignment, objectives.quality),
+        "kinds": _kinds(tables, {k: scales[k] for k in (objectives.alignment, objectives.quality)}),
         "pairs": _pairs(tables, objectives.alignment, objectives.quality),
         "pictures": {"before": before, "after": after, "count": min(pictures.count(files, n) for n in (before, after))},
         "files": names,
@@ -91,29 +85,30 @@ def _scores(files: RunFiles, name: str) -> dict[str, np.ndarray]:
         raise Unreadable(f"scores/{name}.parquet cannot be read: {' '.join(str(error).split())[:200]}.") from None
 
 
-def _interval(tables: tuple[dict, dict], evaluator: str, rows: np.ndarray) -> Interval | None:
+def _interval(tables: tuple[dict, dict], evaluator: str, rows: np.ndarray, scale: float) -> Interval | None:
     """None where one prompt alone cannot show a spread."""
     before, after = tables
     prompts = before["prompt"][rows]
     if len(set(prompts)) < 2:
         return None
-    return paired_interval(after[evaluator][rows], before[evaluator][rows], groups=list(prompts))
+    return paired_interval(after[evaluator][rows], before[evaluator][rows], groups=list(prompts), scale=scale)
 
 
 def _told(interval: Interval | None) -> dict[str, Any]:
-    return {k: round(v, 6) for k, v in asdict(interval).items()} if interval else {}
+    """Scores as they are, what they differ in points."""
+    return {k: round(v, 6) for k, v in asdict(interval).items()} | in_points(interval) if interval else {}
 
 
-def _kinds(tables: tuple[dict, dict], *evaluators: str) -> list[dict[str, Any]]:
+def _kinds(tables: tuple[dict, dict], scales: dict[str, float]) -> list[dict[str, Any]]:
     """Per kind of prompt the difference in both objectives; without an interval where a kind has one prompt."""
     before, after = tables
     told = []
     for kind in dict.fromkeys(before["kind"]):
         rows = before["kind"] == kind
         row: dict[str, Any] = {"kind": kind, "n": int(rows.sum())}
-        for role, evaluator in zip(("alignment", "quality"), evaluators, strict=True):
-            delta = float((after[evaluator][rows] - before[evaluator][rows]).mean())
-            row[role] = {"delta": round(delta, 6)} | _told(_interval(tables, evaluator, rows))
+        for role, (evaluator, scale) in zip(("alignment", "quality"), scales.items(), strict=True):
+            delta = 100 * float((after[evaluator][rows] - before[evaluator][rows]).mean()) / scale
+            row[role] = {"delta": round(delta, 4)} | _told(_interval(tables, evaluator, rows, scale))
         told.append(row)
     return told
 

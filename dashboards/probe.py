@@ -11,7 +11,7 @@ COLUMNS = ("block", "effect", "window", "kind", "delta", "low", "high")
 
 
 def read_probe(files: RunFiles) -> dict[str, list[Any]]:
-    """The columns of `probe.parquet`; a window is told as text. Raises Unreadable."""
+    """The columns of `probe.parquet`, differences in points; a window is told as text. Raises Unreadable."""
     try:
         table = parquet.read_table(files.path("probe.parquet"), columns=list(COLUMNS)).to_pydict()
     except (OSError, pyarrow.ArrowException) as error:
@@ -20,5 +20,5 @@ def read_probe(files: RunFiles) -> dict[str, list[Any]]:
         w if isinstance(w, str) else "" if w is None else f"{w[0]:g} to {w[1]:g}" for w in table["window"]
     ]
     for name in ("delta", "low", "high"):
-        table[name] = [None if x is None or x != x else round(float(x), 6) for x in table[name]]
+        table[name] = [None if x is None or x != x else round(100 * float(x), 4) for x in table[name]]
     return table

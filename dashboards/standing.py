@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from ..evaluators import Interval, families, get, names, scale_of
 from ..search.config import Config
-from ..search.front import Confirmed, Point, hypervolume
+from ..search.front import Baseline, Confirmed, Point, hypervolume
 from .files import RunFiles, Unreadable
 from .trials import Trial, read_trials
 
@@ -30,7 +31,10 @@ def _of_run(files: RunFiles) -> dict[str, Any]:
     record, confirmed = confirmed_of(files)
     trials, described = study_of(files, config)
     feasible = [t for t in trials if t.complete and t.feasible]  # dropped ones too: their pictures were drawn
-    baseline = next((point(t) for t in trials if t.complete and t.attributes.get("anchor") == "unmodified"), None)
+    unmodified = next((point(t) for t in trials if t.complete and t.attributes.get("anchor") == "unmodified"), None)
+    scales = scales_of(described, config)
+    widths = scales[config.objectives.alignment], scales[config.objectives.quality]
+    baseline = Baseline(**vars(unmodified), scales=widths) if unmodified else None
     front, history = _history(feasible, baseline, config.prompts.search_images)
     state = _state(trials, config, bool(confirmed), bool(described.get("ended")))
     return {
@@ -38,11 +42,10 @@ def _of_run(files: RunFiles) -> dict[str, Any]:
         "state": state,
         "sentence": _sentence(state, trials, config, confirmed),
         "objectives": config.objectives.model_dump(mode="json"),
-        "baseline": baseline and {k: getattr(baseline, k) for k in ("alignment", "quality", "latency", "steps")},
-        "trials": _columns(trials, {p.name for p in front}),
+        "baseline": baseline and {"latency": baseline.latency},
+        "trials": _columns(trials, {p.name for p in front}, baseline),
         "confirmed": [_confirmed(c, margins_of(record)) for c in confirmed],
-        "margin": record.get("margin"),
-        "quality_margin": margins_of(record)[1],
+        "margins": [100 * margin for margin in margins_of(record)],
         "level": record.get("level"),
         "hypervolume": history if baseline else None,
         "search": _search(trials, described, config, state),
@@ -77,6 +80,31 @@ def study_of(files: RunFiles, config: Config) -> tuple[list[Trial], dict[str, An
     return read_trials(files.path("study.db")) if config.search.storage is None and files.has("study.db") else ([], {})
 
 
+def scales_of(described: dict[str, Any], config: Config) -> dict[str, float]:
+    """What counts as 100 points of each score of the run, by its name.
+
+    An older run did not keep it: then it is asked of the evaluators.
+    """
+    kept, objectives = (described.get("description") or {}).get("scales", {}), config.objectives
+    wanted = objectives.alignment, objectives.quality, *objectives.reported
+    return {name: kept[name] if name in kept else _scale(name) for name in wanted}
+
+
+def _scale(evaluator: str) -> float:
+    """1.0 for a user's own, as to open a folder must not run code that it names, and where a checkpoint is not here."""
+    if evaluator not in names() and evaluator.partition(":")[0] not in families():
+        return 1.0
+    try:
+        return scale_of(get(evaluator))
+    except (ImportError, ValueError):
+        return 1.0
+
+
+def in_points(interval: Interval) -> dict[str, float]:
+    """The difference and the ends of its interval as the page tells them."""
+    return {k: round(v, 4) for k, v in zip(("delta", "low", "high"), interval.in_points, strict=True)}
+
+
 def _finished(trials: list[Trial]) -> int:
     return sum(t.complete or (t.state == "FAIL" and "reason" in t.attributes) for t in trials)
 
@@ -104,16 +132,17 @@ def _sentence(state: str, trials: list[Trial], config: Config, confirmed: list[C
     return f"{done} trials, {len(confirmed)} candidates confirmed. {held[0].upper()}{held[1:]}."
 
 
-def _columns(trials: list[Trial], front: set[str]) -> dict[str, list[Any]]:
-    values = [t.values if t.complete else None for t in trials]
+def _columns(trials: list[Trial], front: set[str], baseline: Baseline | None) -> dict[str, list[Any]]:
+    """A row per trial; alignment and quality are differences to the unmodified model in points."""
+    points = [baseline.points(point(t)) if baseline and t.complete else None for t in trials]
     return {
         "number": [t.number for t in trials],
         "name": [t.name for t in trials],
         "slug": [slug(t.name) for t in trials],
         "state": [t.state.lower() for t in trials],
-        "alignment": [v and round(v[0], 6) for v in values],
-        "quality": [v and round(v[1], 6) for v in values],
-        "latency": [v and round(v[2], 6) for v in values],
+        "alignment": [p and round(p[0], 4) for p in points],
+        "quality": [p and round(p[1], 4) for p in points],
+        "latency": [round(t.values[2], 6) if t.complete and t.values else None for t in trials],
         "steps": [t.attributes.get("steps") for t in trials],
         "feasible": [t.feasible for t in trials],
         "anchor": ["anchor" in t.attributes for t in trials],
@@ -130,14 +159,13 @@ def margins_of(record: dict[str, Any]) -> tuple[float, float]:
 
 def _confirmed(c: Confirmed, margins: tuple[float, float]) -> dict[str, Any]:
     told = {k: getattr(c, k) for k in ("name", "steps", "anchor", "rules", "speedup", "predicted_speedup", "picks")}
-    ends = {
-        k: {end: round(getattr(getattr(c, k), end), 6) for end in ("delta", "low", "high")}
-        for k in ("alignment", "quality")
-    }
+    ends = {k: in_points(getattr(c, k)) for k in ("alignment", "quality")}
     return {"slug": slug(c.name), **told, **ends, "held": c.holds(*margins), "n": c.alignment.n}
 
 
-def _history(feasible: list[Trial], baseline: Point | None, images: int) -> tuple[list[Point], dict[str, list[float]]]:
+def _history(
+    feasible: list[Trial], baseline: Baseline | None, images: int
+) -> tuple[list[Point], dict[str, list[float]]]:
     """The front, and its hypervolume after so many pictures; a trial that repeats another draws none.
 
     The front grows point by point, so that two thousand trials take no longer than a person waits.

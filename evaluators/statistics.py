@@ -29,9 +29,14 @@ class Interval:
     scale: float = 1.0
 
     @property
+    def in_points(self) -> tuple[float, float, float]:
+        """The difference in points, and the ends of its interval."""
+        return 100 * self.delta / self.scale, 100 * self.low / self.scale, 100 * self.high / self.scale
+
+    @property
     def points(self) -> str:
         """The difference in points: `+1.4 [-3.0, +5.8]`."""
-        delta, low, high = (100 / self.scale * value for value in (self.delta, self.low, self.high))
+        delta, low, high = self.in_points
         return f"{delta:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 

@@ -8,6 +8,10 @@ import numpy as np
 from optuna._hypervolume import compute_hypervolume
 
 from ..evaluators import Interval
+from .config import Objectives
+
+# how like the unmodified picture: a difference to the unmodified model says nothing of these
+_FIDELITY = ("psnr", "ssim", "lpips", "dinov2")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,18 @@ class Point:
     @property
     def losses(self) -> tuple[float, float, float]:
         return (-self.alignment, -self.quality, self.latency)
+
+
+@dataclass(frozen=True)
+class Baseline(Point):
+    """The unmodified model; `scales` are what counts as 100 points of alignment and of quality."""
+
+    scales: tuple[float, float] = field(kw_only=True)
+
+    def points(self, point: Point) -> tuple[float, float]:
+        """How much more alignment and quality `point` has, in points."""
+        gains = point.alignment - self.alignment, point.quality - self.quality
+        return 100 * gains[0] / self.scales[0], 100 * gains[1] / self.scales[1]
 
 
 @dataclass(frozen=True)
@@ -48,8 +64,12 @@ class Confirmed:
 
     def holds(self, margin: float, quality_margin: float) -> bool:
         """Whether neither alignment nor quality loses more than its margin, by the lower ends of their intervals."""
-        least = -margin * self.alignment.scale, -quality_margin * self.quality.scale
-        return self.alignment.low >= least[0] and self.quality.low >= least[1]
+        lows = self.alignment.in_points[1], self.quality.in_points[1]
+        return lows[0] >= -100 * margin and lows[1] >= -100 * quality_margin
+
+    def intervals(self, objectives: Objectives) -> dict[str, Interval]:
+        """What was measured by the names of the evaluators."""
+        return {objectives.alignment: self.alignment, objectives.quality: self.quality} | self.reported
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,6 +79,11 @@ class Confirmed:
         fields: dict[str, Any] = {k: Interval(**data[k]) for k in ("alignment", "quality")}
         fields["reported"] = {k: Interval(**v) for k, v in data["reported"].items()}
         return cls(**data | fields)
+
+
+def is_fidelity(name: str) -> bool:
+    """Whether the evaluator tells how like a picture is to the unmodified one: no difference then, but a value."""
+    return name.partition(":")[0] in _FIDELITY
 
 
 def held_out_name(member: Point | Confirmed) -> str:
@@ -80,18 +105,19 @@ def non_dominated(points: list[Point]) -> list[Point]:
     return sorted(front, key=lambda p: p.latency)
 
 
-def hypervolume(points: list[Point], baseline: Point) -> float:
+def hypervolume(points: list[Point], baseline: Baseline) -> float:
     """Volume commanded beyond 10 points less alignment and quality than the unmodified model, at its latency.
 
     In point x point x share of latency saved; 100 points and all the time saved at no loss would be about 100.
     """
-    reference = np.array([0.1 - baseline.alignment, 0.1 - baseline.quality, 1.0])
-    losses = np.array([(-p.alignment, -p.quality, p.latency / baseline.latency) for p in points])
+    reference = np.array([10.0, 10.0, 1.0])
+    gains = ((*baseline.points(p), p.latency / baseline.latency) for p in points)
+    losses = np.array([(-alignment, -quality, latency) for alignment, quality, latency in gains])
     losses = losses[(losses < reference).all(axis=1)] if len(losses) else losses
-    return 1e4 * float(compute_hypervolume(losses, reference)) / 100 if len(losses) else 0.0
+    return float(compute_hypervolume(losses, reference)) / 100 if len(losses) else 0.0
 
 
-def spread(front: list[Point], baseline: Point, count: int) -> list[Point]:
+def spread(front: list[Point], baseline: Baseline, count: int) -> list[Point]:
     """The `count` members that together command the largest hypervolume, picked greedily."""
     chosen: list[Point] = []
     rest = [p for p in front if p.key != baseline.key]
@@ -123,6 +149,6 @@ def pick(confirmed: list[Confirmed], margin: float, quality_margin: float) -> di
         picks["quality"] = max(better, key=lambda c: c.alignment.delta)
     faster = [c for c in earned if c.speedup > 1]
     if faster:
-        picks["balanced"] = max(faster, key=lambda c: math.log(c.speedup) + 5 * c.alignment.delta)
+        picks["balanced"] = max(faster, key=lambda c: math.log(c.speedup) + 0.05 * c.alignment.in_points[0])
         picks["fast"] = max(faster, key=lambda c: c.speedup)
     return picks

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..evaluators import paired_interval
+from ..evaluators import get, paired_interval, scale_of
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from ..policies.policy import ModelIdentity
 from .config import Config
@@ -85,7 +85,8 @@ class Probe:
     def measure(self) -> Table:
         """All blocks under all effects: block, effect, window, kind, delta, low, high, n, psnr, whole; written as well.
 
-        `whole` tells blocks that had all pictures from those that fell out on a part of them.
+        `whole` tells blocks that had all pictures from those that fell out on a part of them. Differences of
+        alignment and their ends are in shares of what counts as 100 points.
         """
         probe, blocks = self.config.probe, self.model.num_blocks
         self._baseline("search")
@@ -220,11 +221,12 @@ class Probe:
         before = self._before.iloc[: len(after)]
         rows = np.ones(len(after), bool) if kind == "all" else (after["kind"] == kind).to_numpy()
         name = self.config.objectives.alignment
+        scale = scale_of(get(name))
         prompts = list(before["prompt"][rows])
         if len(set(prompts)) < 2:  # one prompt has no spread, and so no interval
-            delta = float((after[name] - before[name])[rows].mean())
+            delta = float((after[name] - before[name])[rows].mean()) / scale
             return {"delta": delta, "low": math.nan, "high": math.nan, "n": len(prompts), "psnr": math.nan}
-        told = paired_interval(after[name][rows], before[name][rows], groups=prompts)
+        told = paired_interval(after[name][rows] / scale, before[name][rows] / scale, groups=prompts)
         psnr = float(after["psnr"][rows].mean()) if "psnr" in after else math.nan
         return {"delta": told.delta, "low": told.low, "high": told.high, "n": told.n, "psnr": psnr}
 

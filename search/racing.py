@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .front import Point, hypervolume, non_dominated
+from .front import Baseline, Point, hypervolume, non_dominated
 
 REACH = 1.0  # standard errors from a mean to the upper end of its interval
 TRIFLE = 0.01  # what adds a smaller share to the front's hypervolume is not worth pictures
@@ -38,7 +38,7 @@ class Race:
 
     def __init__(self, images: int, slowest: float):
         self.images = images
-        self._unmodified = Point("unmodified", 0.0, 0.0, ROOM * slowest)
+        self._unmodified = Baseline("unmodified", 0.0, 0.0, ROOM * slowest, scales=(1.0, 1.0))
         self._front: list[Point] = []
         self._volume = 0.0
         self._spread, self._finished = np.zeros(2), 0  # mean variance of differences, over so many candidates

@@ -9,8 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .config import Config
 from .confirm import load_confirmed
-from .front import Confirmed, Point, held_out_name
+from .front import Baseline, Confirmed, Point, held_out_name, is_fidelity
 from .prompts import read_prompts
 from .run_directory import RunDirectory
 
@@ -18,14 +19,14 @@ _INK, _GREY, _BLUE, _ORANGE = "#1f2430", "#a9b0bd", "#2563c9", "#d9621c"
 
 
 def draw_front(
-    points: list[Point], front: list[Point], baseline: Point, confirmed: list[Confirmed], margin: float, path: Path
+    points: list[Point], front: list[Point], baseline: Baseline, confirmed: list[Confirmed], margin: float, path: Path
 ) -> None:
     """Alignment against speed: what the search saw on the left, what held on new prompts on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.9), sharey=False, layout="constrained")
     members = {p.key for p in front}
 
     def place(p: Point) -> tuple[float, float]:
-        return baseline.latency / p.latency, 100 * (p.alignment - baseline.alignment)
+        return baseline.latency / p.latency, baseline.points(p)[0]
 
     others = [place(p) for p in points if p.key not in members]
     if others:
@@ -53,12 +54,12 @@ def draw_front(
     right.plot(1, 0, "*", ms=13, color=_INK)
     right.annotate("unmodified", (1, 0), xytext=(6, 8), textcoords="offset points", fontsize=9)
     for c in confirmed:
-        low, high = 100 * (c.alignment.delta - c.alignment.low), 100 * (c.alignment.high - c.alignment.delta)
+        delta, low, high = c.alignment.in_points
         color = _INK if c.anchor else _ORANGE if c.picks else _BLUE
         right.errorbar(
             c.speedup,
-            100 * c.alignment.delta,
-            [[low], [high]],
+            delta,
+            [[delta - low], [high - delta]],
             fmt="D" if c.anchor else "o",
             ms=7 if c.picks or c.anchor else 5,
             color=color,
@@ -91,7 +92,7 @@ def _label(axis, confirmed: list[Confirmed]) -> None:
         place = 0.5 + 0.085 * (i - (len(named) - 1) / 2) + 0.5 * float(np.clip(middle, -0.02, 0.02))
         axis.annotate(
             " / ".join(c.picks) + (f"  ({c.name})" if c.picks else c.name),
-            (c.speedup, 100 * c.alignment.delta),
+            (c.speedup, c.alignment.in_points[0]),
             xytext=(1.03, place),
             textcoords="axes fraction",
             va="center",
@@ -203,11 +204,11 @@ def write_report(run: RunDirectory, facts: dict[str, str]) -> None:
     robustness = [line for c in picks for line in _robustness(c)]
     lines += [
         "",
-        f"Differences to the unmodified model in points (hundredths of the score), paired by prompt and seed "
+        f"Differences to the unmodified model in points{_scales(confirmed, config)}, paired by prompt and seed "
         f"over {count} pictures, with {100 * record['level']:.1f} % intervals: 95 % for all {len(confirmed)} together. "
         f"A candidate held when alignment can have lost at most {100 * record['margin']:.1f} points and quality "
         f"{100 * record['quality_margin']:.1f}. "
-        "psnr is the fidelity to the unmodified picture in dB.",
+        "A number alone is the likeness to the unmodified picture, psnr in dB.",
         "",
         *(["## Beyond the picks themselves", "", *robustness, ""] if robustness else []),
         "## Measured on",
@@ -215,6 +216,13 @@ def write_report(run: RunDirectory, facts: dict[str, str]) -> None:
         *(f"* {key}: {value}" for key, value in facts.items()),
     ]
     run.write_text(run.report, "\n".join(lines) + "\n")
+
+
+def _scales(confirmed: list[Confirmed], config: Config) -> str:
+    """What a point is, of scores that do not fill [0, 1] one by one."""
+    widths = {name: interval.scale for c in confirmed[:1] for name, interval in c.intervals(config.objectives).items()}
+    others = [f"; 100 points of {n} are {w:g}" for n, w in widths.items() if w != 1 and not is_fidelity(n)]
+    return f" (hundredths of the score{''.join(others)})"
 
 
 def _robustness(c: Confirmed) -> list[str]:
@@ -231,4 +239,6 @@ def _robustness(c: Confirmed) -> list[str]:
 
 def _interval_of(name: str, confirmed: Confirmed) -> str:
     interval = confirmed.reported[name]
-    return f"{interval.value:.1f} dB" if name == "psnr" else interval.points
+    if not is_fidelity(name):
+        return interval.points
+    return f"{interval.value:.1f} dB" if name == "psnr" else f"{interval.value:.3f}"

@@ -15,7 +15,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
-from ..evaluators import get
+from ..evaluators import get, scale_of
 from ..policies import BlockPolicy
 from .budget import Budget
 from .config import Config, ConfigError
@@ -96,7 +96,10 @@ class Study:
             )
         self.study.set_user_attr("fingerprint", fingerprint)
         described = self.pool.description
+        objectives = self.config.objectives
+        names = objectives.alignment, objectives.quality, *objectives.reported
         on = {"device": described.device, "dtype": described.dtype, "workers": self.pool.size}
+        on |= {"scales": {name: scale_of(get(name)) for name in names}}  # what counts as 100 points
         self.study.set_user_attr("description", on | {"versions": described.versions})
         trials = self.study.get_trials(deepcopy=False)
         self.study.sampler = new_sampler(self.config, self.config.search.seed + len(trials))
@@ -313,5 +316,5 @@ class Study:
         point = point_of(trial)
         number = trial.user_attrs.get("same_as", trial.number)
         differences = self.unmodified.differences(self.run.read_scores(f"trial-{number:04d}"))
-        alignment, quality = self.unmodified.scales * differences.std(axis=0, ddof=1) / np.sqrt(len(differences))
+        alignment, quality = self.baseline.scales * differences.std(axis=0, ddof=1) / np.sqrt(len(differences))
         return replace(point, alignment=point.alignment - alignment, quality=point.quality - quality)

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..evaluators import CostTable, Prompt, get, scale_of
 from .config import Config
-from .front import Point
+from .front import Baseline
 from .pool import Job, Pool
 from .progress import Display
 from .run_directory import RunDirectory
@@ -34,9 +34,9 @@ class Unmodified:
         self.images = pool.put(run.read_images("unmodified"))  # shared with all workers
         self.scores = {str(name): column.to_numpy() for name, column in run.read_scores("unmodified").items()}
         self._objectives = config.objectives.alignment, config.objectives.quality
-        self.scales = np.array([scale_of(get(name)) for name in self._objectives])  # what counts as 100 points
         alignment, quality = (float(self.scores[name].mean()) for name in self._objectives)
-        self.point = Point("unmodified", alignment, quality, self.latency(plain), plain.key)
+        scales = scale_of(get(config.objectives.alignment)), scale_of(get(config.objectives.quality))
+        self.point = Baseline("unmodified", alignment, quality, self.latency(plain), plain.key, scales=scales)
         # in seconds, at the most steps that a candidate may take
         self.slowest = max(self.costs.predict_policy(plain.policy, steps) for steps in steps_of(config))
 
@@ -47,4 +47,4 @@ class Unmodified:
     def differences(self, scores: Any) -> np.ndarray:
         """Alignment and quality of the first pictures less its own, in shares of 100 points: `(n, 2)`."""
         both = [np.asarray(scores[name]) - self.scores[name][: len(scores[name])] for name in self._objectives]
-        return np.stack(both, axis=1) / self.scales
+        return np.stack(both, axis=1) / self.point.scales

@@ -24,7 +24,7 @@ import torch
 from blocktune.evaluators import Interval, get, paired_interval, scale_of
 from blocktune.policies import BlockPolicy, Reuse, Rule
 from blocktune.search.config import load_config
-from blocktune.search.front import Point, hypervolume
+from blocktune.search.front import Baseline, Point, hypervolume
 
 from ..searching import searched
 from ..workbench import Way, Workbench
@@ -151,7 +151,8 @@ def measure(bench: Workbench, ways: list[Way], size: Size) -> list[Result]:
 
 def standings(results: list[Result]) -> list[dict[str, Any]]:
     """Per method: the hypervolume of its own sweep, its largest speed-up at no loss, its best alignment at no loss."""
-    baseline = results[0].point
+    plain = results[0]
+    baseline = Baseline(**vars(plain.point), scales=(plain.alignment.scale, plain.quality.scale))
     rows = []
     for method in dict.fromkeys(r.way.method for r in results[1:] if r.way.method != "random sets"):
         own = [r for r in results if r.way.method == method]

@@ -37,9 +37,9 @@ function el(tag, attributes = {}, ...children) {
 }
 
 const signed = (x, digits = 1) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
-const points = (x) => signed(100 * x);
 const times = (x) => `${x.toFixed(2)}×`;
-const range = (i) => (i.low === undefined ? "" : ` [${points(i.low)}, ${points(i.high)}]`);
+const score = (x) => x.toPrecision(3); // scores are on scales of their own; what they differ comes in points
+const range = (i) => (i.low === undefined ? "" : ` [${signed(i.low)}, ${signed(i.high)}]`);
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const title = (name) => name[0].toUpperCase() + name.slice(1);
 
@@ -74,36 +74,32 @@ const view = {
 };
 
 const axes = (run) => ({
-  speed: { label: "speed-up", unit: "×", tell: times },
-  alignment: { label: `alignment, ${run.objectives.alignment}`, unit: "points", tell: signed },
-  quality: { label: `quality, ${run.objectives.quality}`, unit: "points", tell: signed },
+  speed: { label: "speed-up", long: "speed-up", unit: "×", tell: times },
+  alignment: { label: `alignment, ${run.objectives.alignment}`, long: `alignment, ${run.objectives.alignment}, points`, unit: "points", tell: signed },
+  quality: { label: `quality, ${run.objectives.quality}`, long: `quality, ${run.objectives.quality}, points`, unit: "points", tell: signed },
 });
 
 /** Every mark of the chart: a place on all three axes against the unmodified model, and how it is called. */
 function marks(run) {
   const found = [], t = run.trials, base = run.baseline, held = new Set(run.confirmed.map((c) => c.slug));
   for (let i = 0; i < t.number.length; i++) {
-    if (t.alignment[i] === null || !base) continue;
-    const at = {
-      speed: base.latency / t.latency[i],
-      alignment: 100 * (t.alignment[i] - base.alignment),
-      quality: 100 * (t.quality[i] - base.quality),
-    };
+    if (t.alignment[i] === null) continue;
+    const at = { speed: base.latency / t.latency[i], alignment: t.alignment[i], quality: t.quality[i] };
     const unmodified = t.name[i] === "unmodified";
     const kind = unmodified ? "star" : t.anchor[i] ? "anchor" : t.feasible[i] ? "trial" : "infeasible";
     const notes = [t.front[i] && "on the front", !t.feasible[i] && "infeasible: a constraint is broken"].filter(Boolean);
-    const told = `${times(at.speed)} speed, ${signed(at.alignment)} points alignment, ${signed(at.quality)} quality`;
+    const told = `${times(at.speed)} speed, alignment ${signed(at.alignment)}, quality ${signed(at.quality)} points`;
     const label = `${title(t.name[i])}: ${[told, ...notes].join(", ")}`;
     found.push({ kind, slug: t.slug[i], name: t.name[i], at, front: t.front[i], label, seen: kind === "anchor" && held.has(t.slug[i]) });
   }
   for (const c of run.confirmed) {
     const [a, q] = [c.alignment, c.quality];
-    const told = `${times(c.speedup)} speed, ${points(a.delta)}${range(a)} points alignment, ${points(q.delta)}${range(q)} quality`;
+    const told = `${times(c.speedup)} speed, alignment ${signed(a.delta)}${range(a)}, quality ${signed(q.delta)}${range(q)} points`;
     const note = c.picks.length ? `, pick ${c.picks.join(" and ")}` : c.held ? ", held" : "";
     found.push({
       kind: "confirmed", anchor: c.anchor, slug: c.slug, name: c.name, picks: c.picks, front: true,
-      at: { speed: c.speedup, alignment: 100 * a.delta, quality: 100 * q.delta },
-      ends: { alignment: [100 * a.low, 100 * a.high], quality: [100 * q.low, 100 * q.high] },
+      at: { speed: c.speedup, alignment: a.delta, quality: q.delta },
+      ends: { alignment: [a.low, a.high], quality: [q.low, q.high] },
       label: `${title(c.name)} on held-out prompts: ${told}${note}`,
     });
   }
@@ -152,8 +148,8 @@ function scatter(run, width, selected) {
   svg.append(
     el("line", { class: "zero", x1: x(zero[view.x]), x2: x(zero[view.x]), y1: margin.top, y2: height - margin.bottom }),
     el("line", { class: "zero", x1: margin.left, x2: width - margin.right, y1: y(zero[view.y]), y2: y(zero[view.y]) }),
-    el("text", { x: width - margin.right, y: height - 6, "text-anchor": "end", class: "strong" }, `${all[view.x].label} →`),
-    el("text", { x: 0, y: 14, class: "strong" }, `↑ ${all[view.y].label}, ${all[view.y].unit}${width > 480 ? " against the unmodified model" : ""}`));
+    el("text", { x: width - margin.right, y: height - 6, "text-anchor": "end", class: "strong" }, `${all[view.x].long} →`),
+    el("text", { x: 0, y: 14, class: "strong" }, `↑ ${all[view.y].long}${width > 480 ? " against the unmodified model" : ""}`));
 
   // the best of these two axes among what the search saw, as stairs
   let best = -Infinity;
@@ -259,14 +255,14 @@ function overview(run, width, selected) {
 
 function candidates(run, selected) {
   const held = run.confirmed.length > 0;
-  const rows = held ? run.confirmed.map((c) => ({ ...c, speed: c.speedup, a: points(c.alignment.delta) + range(c.alignment), q: points(c.quality.delta) + range(c.quality) }))
+  const rows = held ? run.confirmed.map((c) => ({ ...c, speed: c.speedup, a: signed(c.alignment.delta) + range(c.alignment), q: signed(c.quality.delta) + range(c.quality) }))
     : marks(run).filter((m) => m.front && m.kind !== "star").map((m) => ({ slug: m.slug, name: m.name, speed: m.at.speed, a: signed(m.at.alignment), q: signed(m.at.quality) }));
   rows.sort((a, b) => b.speed - a.speed);
   if (!rows.length) return el("div", { id: "candidates", tabindex: -1 });
   return el("div", { id: "candidates", tabindex: -1 },
     el("h3", {}, held ? "Confirmed on held-out prompts" : "Front, as the search saw it"),
     el("p", { class: "note" }, held
-      ? `Differences to the unmodified model in points over ${run.confirmed[0].n} pictures of new seeds, with ${(100 * run.level).toFixed(1)} % intervals. Held: alignment can have lost at most ${(100 * run.margin).toFixed(1)} points, quality ${(100 * run.quality_margin).toFixed(1)}.`
+      ? `Differences to the unmodified model in points over ${run.confirmed[0].n} pictures of new seeds, with ${(100 * run.level).toFixed(1)} % intervals. Held: alignment can have lost at most ${run.margins[0].toFixed(1)} points, quality ${run.margins[1].toFixed(1)}.`
       : "Differences to the unmodified model in points. The best of many is partly luck: confirm measures it again on held-out prompts."),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Candidates" }, el("table", {},
       el("thead", {}, el("tr", {}, ["candidate", "speed-up", "alignment", "quality", ...(held ? ["held"] : [])].map((name, i) => el("th", { scope: "col", class: i && i < 4 && "number" }, name)))),
@@ -298,7 +294,7 @@ function head(one, run, width) {
   const [alignment, quality] = one.metrics;
   const speed = one.speedup && `${times(one.speedup)} ${one.speedup < 1 ? "the speed" : "as fast"}`;
   const where = one.confirmed ? `on ${alignment.n} held-out pictures of new seeds` : "on the search prompts alone: the best of many is partly luck, and this one was not confirmed";
-  const change = alignment.delta === undefined ? "" : `; alignment ${points(alignment.delta)}${range(alignment)}, quality ${points(quality.delta)}${range(quality)} points`;
+  const change = alignment.delta === undefined ? "" : `; alignment ${signed(alignment.delta)}${range(alignment)}, quality ${signed(quality.delta)}${range(quality)} points`;
   const code = el("pre", { tabindex: 0, "aria-label": "Code that applies the policy" }, one.code ?? "");
   const map = el("div", {}, el("p", { class: "note" }, "Laying out the policy …"));
   answer(`api/plans/${one.slug}`).then((plan) => map.replaceChildren(...layout(plan, width)), (error) => map.replaceChildren(el("p", { class: "note" }, error.message)));
@@ -409,42 +405,43 @@ function key(one, plan) {
 function whisker(i, domain, width = 150) {
   const x = axis(-domain, domain, 4, width - 4);
   return el("svg", { width, height: 16, "aria-hidden": true }, el("line", { class: "zero", x1: x(0), x2: x(0), y1: 0, y2: 16 }),
-    i.low !== undefined && el("line", { class: "whisker", x1: x(100 * i.low), x2: x(100 * i.high), y1: 8, y2: 8 }),
-    el("circle", { class: "bar", cx: x(100 * i.delta), cy: 8, r: 4 }));
+    i.low !== undefined && el("line", { class: "whisker", x1: x(i.low), x2: x(i.high), y1: 8, y2: 8 }),
+    el("circle", { class: "bar", cx: x(i.delta), cy: 8, r: 4 }));
 }
 
 function metrics(shown, run, width) {
   const measured = shown.flatMap((one) => one.metrics).filter((m) => !m.fidelity && m.delta !== undefined);
-  const domain = Math.max(1, ...measured.flatMap((m) => [m.low ?? m.delta, m.high ?? m.delta].map((v) => Math.abs(100 * v))));
+  const domain = Math.max(1, ...measured.flatMap((m) => [m.low, m.high].map(Math.abs)));
   const role = { [run.objectives.alignment]: "alignment", [run.objectives.quality]: "quality" };
+  const widths = shown[0].metrics.filter((m) => !m.fidelity && (m.scale ?? 1) !== 1).map((m) => `; 100 points of ${m.name} are ${m.scale}`).join("");
   const two = shown.length > 1;
-  const cells = (m, seen) => {
+  const cells = (m) => {
     if (m.value === undefined) return [el("td", { colspan: two ? 1 : 4 }, "too few prompts for an interval")];
     if (m.fidelity) return [!two && el("td", {}), el("td", { class: "number" }, m.value.toFixed(m.name === "psnr" ? 1 : 3) + (m.name === "psnr" ? " dB" : "")), el("td", { class: "soft", colspan: two ? 1 : 2 }, "likeness to the unmodified picture")];
-    return [!two && el("td", { class: "number" }, m.baseline.toFixed(3)), el("td", { class: "number" }, m.value.toFixed(3)),
-      el("td", { class: "number" }, `${points(m.delta)}${range(m)}`), (!two || width > 900) && el("td", {}, whisker(m, domain))];
+    return [!two && el("td", { class: "number" }, score(m.baseline)), el("td", { class: "number" }, score(m.value)),
+      el("td", { class: "number" }, `${signed(m.delta)}${range(m)}`), (!two || width > 900) && el("td", {}, whisker(m, domain))];
   };
   const heads = two ? shown.flatMap((one) => [title(one.name), "points", ...(width > 900 ? [""] : [])]) : ["unmodified", "policy", "points", ""];
   const levels = [...new Set(shown.map((one) => (one.confirmed ? `${(100 * one.metrics[0].level).toFixed(1)} % intervals, 95 % for all confirmed together` : "95 % intervals")))];
   return el("div", {}, el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Metrics" }, el("table", {},
     el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "evaluator"), heads.map((name) => el("th", { scope: "col", class: name && "number" }, name)))),
-    el("tbody", {}, shown[0].metrics.map((m, i) => el("tr", {}, el("th", { scope: "row" }, m.name, role[m.name] && m.name !== role[m.name] && el("span", { class: "soft" }, ` ${role[m.name]}`)), shown.map((one) => cells(one.metrics[i], one.seen))))))),
-  el("p", { class: "note" }, `Differences in points, hundredths of the score, paired by prompt and seed; ${levels.join("; ")}.`));
+    el("tbody", {}, shown[0].metrics.map((m, i) => el("tr", {}, el("th", { scope: "row" }, m.name, role[m.name] && m.name !== role[m.name] && el("span", { class: "soft" }, ` ${role[m.name]}`)), shown.map((one) => cells(one.metrics[i]))))))),
+  el("p", { class: "note" }, `Differences in points (hundredths of the score${widths}), paired by prompt and seed; ${levels.join("; ")}.`));
 }
 
 function kinds(one, run, width, named) {
   const roles = ["alignment", "quality"], label = 118, room = Math.max(80, (width - label - 24) / 2), h = 24;
-  const domain = Math.max(1, ...one.kinds.flatMap((k) => roles.flatMap((r) => [k[r].low ?? k[r].delta, k[r].high ?? k[r].delta].map((v) => Math.abs(100 * v)))));
-  const told = one.kinds.map((k) => `${k.kind}: alignment ${points(k.alignment.delta)}${range(k.alignment)}, quality ${points(k.quality.delta)}${range(k.quality)} points over ${k.n} pictures`);
+  const domain = Math.max(1, ...one.kinds.flatMap((k) => roles.flatMap((r) => [k[r].low ?? k[r].delta, k[r].high ?? k[r].delta].map(Math.abs))));
+  const told = one.kinds.map((k) => `${k.kind}: alignment ${signed(k.alignment.delta)}${range(k.alignment)}, quality ${signed(k.quality.delta)}${range(k.quality)} points over ${k.n} pictures`);
   const svg = el("svg", { width: label + 2 * room + 20, height: one.kinds.length * h + 44, role: "img", "aria-label": told.join("; ") });
   roles.forEach((role, i) => {
     const x = axis(-domain, domain, label + i * (room + 20), label + i * (room + 20) + room), foot = one.kinds.length * h + 22;
     svg.append(el("text", { x: x(0), y: 12, "text-anchor": "middle", class: "strong" }, role), el("line", { class: "zero", x1: x(0), x2: x(0), y1: 18, y2: foot }));
     for (const t of ticks(-domain, domain, room / 52)) svg.append(el("text", { x: x(t), y: foot + 15, "text-anchor": "middle" }, t ? signed(t, 0) : "0"));
     one.kinds.forEach((k, row) => {
-      const y = 20 + row * h, v = 100 * k[role].delta;
+      const y = 20 + row * h, v = k[role].delta;
       svg.append(el("rect", { class: `bar ${v < 0 ? "down" : ""}`, x: Math.min(x(0), x(v)), width: Math.abs(x(v) - x(0)), y: y + 5, height: h - 10, rx: 2 }));
-      if (k[role].low !== undefined) svg.append(el("line", { class: "whisker", x1: x(100 * k[role].low), x2: x(100 * k[role].high), y1: y + h / 2, y2: y + h / 2 }));
+      if (k[role].low !== undefined) svg.append(el("line", { class: "whisker", x1: x(k[role].low), x2: x(k[role].high), y1: y + h / 2, y2: y + h / 2 }));
     });
   });
   one.kinds.forEach((k, row) => svg.append(el("text", { x: 0, y: 20 + row * h + h / 2 + 4 }, k.kind.replaceAll("_", " "))));
@@ -495,18 +492,18 @@ function pair(one, i, by) {
   const wipe = el("div", { class: "wipe" }, image(`pictures/${one.pictures.before}/${i}.png`, `Unmodified model: ${p.prompt[i]}`),
     image(`pictures/${one.pictures.after}/${i}.png`, `${title(one.name)}: ${p.prompt[i]}`, "after"),
     el("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": `Unmodified model up to here, ${one.name} beyond: ${p.prompt[i]}`, oninput: (e) => wipe.style.setProperty("--cut", `${e.target.value}%`) }));
-  const scores = `${by} ${p[`${by}_before`][i].toFixed(2)} → ${p[`${by}_after`][i].toFixed(2)}`;
+  const scores = `${by} ${score(p[`${by}_before`][i])} → ${score(p[`${by}_after`][i])}`;
   const note = caption(one, i);
   note.append(el("br"), scores);
   return el("figure", { class: "pair" }, wipe, note);
 }
 
 function triple(one, other, i) {
-  const side = (address, name, score) => el("div", {}, image(address, `${name}: ${one.pairs.prompt[i]}`), `${name} ${score.toFixed(2)}`);
+  const side = (address, name, told) => el("div", {}, image(address, `${name}: ${one.pairs.prompt[i]}`), `${name} ${told}`);
   return el("figure", { class: "pair" }, el("div", { class: "three" },
-    side(`pictures/${one.pictures.before}/${i}.png`, "unmodified", one.pairs.alignment_before[i]),
-    side(`pictures/${one.pictures.after}/${i}.png`, one.name, one.pairs.alignment_after[i]),
-    side(`pictures/${other.pictures.after}/${i}.png`, other.name, other.pairs.alignment_after[i])), caption(one, i));
+    side(`pictures/${one.pictures.before}/${i}.png`, "unmodified", score(one.pairs.alignment_before[i])),
+    side(`pictures/${one.pictures.after}/${i}.png`, one.name, score(one.pairs.alignment_after[i])),
+    side(`pictures/${other.pictures.after}/${i}.png`, other.name, score(other.pairs.alignment_after[i]))), caption(one, i));
 }
 
 // ----------------------------------------------------------------------------------------- search and probe
@@ -562,7 +559,7 @@ async function probing(width) {
     el("p", {}, "Each block by itself: how much alignment changes when it alone is acted on, per kind of prompt. Focus a map and walk with the arrow keys."),
     el("div", { class: "legend" },
       el("span", {}, patch("gain", 0.3), patch("gain", 0.65), patch("gain", 1), "gain"), el("span", {}, patch("loss", 0.3), patch("loss", 0.65), patch("loss", 1), "loss"),
-      el("span", {}, `up to ${(100 * most).toFixed(0)} points, shaded by the root`),
+      el("span", {}, `up to ${most.toFixed(0)} points, shaded by the root`),
       el("span", {}, el("svg", { width: 10, height: 14, "aria-hidden": true }, el("circle", { class: "sure", cx: 5, cy: 7, r: 2.4 })), "the 95 % interval leaves out zero"),
       el("span", {}, patch("unmeasured"), "not measured")),
     el("div", { class: "maps", "--across": across }, kinds.map((kind) => {
@@ -571,8 +568,8 @@ async function probing(width) {
       const describe = (r, block) => {
         const i = at.get(`${rows[r]}/${block}`), d = i === undefined ? null : p.delta[i];
         if (d === null) return { text: `Block ${block}, ${rows[r]}: not measured`, classes: "unmeasured" };
-        const ends = p.low[i] === null ? "" : ` [${points(p.low[i])}, ${points(p.high[i])}]`;
-        return { text: `Block ${block}, ${rows[r]}: ${points(d)}${ends} points`, classes: d < 0 ? "loss" : "gain", t: Math.sqrt(Math.abs(d) / most).toFixed(3), dot: p.low[i] > 0 || (p.high[i] !== null && p.high[i] < 0) };
+        const ends = p.low[i] === null ? "" : ` [${signed(p.low[i])}, ${signed(p.high[i])}]`;
+        return { text: `Block ${block}, ${rows[r]}: ${signed(d)}${ends} points`, classes: d < 0 ? "loss" : "gain", t: Math.sqrt(Math.abs(d) / most).toFixed(3), dot: p.low[i] > 0 || (p.high[i] !== null && p.high[i] < 0) };
       };
       return el("div", {}, el("h3", {}, title(String(kind).replaceAll("_", " "))), grid(rows.length, blocks, column, describe, { axes: ["effect", "block"], label: `probe-${kind}`, names: rows }));
     })));

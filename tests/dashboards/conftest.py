@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import uvicorn
 from blocktune.dashboards.server import create_app
-from blocktune.evaluators import Prompt, paired_interval
+from blocktune.evaluators import Prompt, get, paired_interval, scale_of
 from blocktune.policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Config
@@ -43,16 +43,20 @@ def _prompts(count: int, first_seed: int) -> tuple[Prompt, ...]:
     return tuple(Prompt(*texts[i % 4], seed=first_seed + i) for i in range(count))
 
 
-def _measured(generator: np.random.Generator, prompts: tuple[Prompt, ...], gain: float) -> dict[str, np.ndarray]:
+def _measured(
+    generator: np.random.Generator, prompts: tuple[Prompt, ...], gain: float, alignment: str
+) -> dict[str, np.ndarray]:
     n = len(prompts)
-    scores = {"shapes": 0.5 + gain + 0.1 * generator.random(n), "crispness": 0.6 + 0.1 * generator.random(n)}
+    filled = 0.5 + gain + 0.1 * generator.random(n)  # in shares of what counts as 100 points
+    scores = {alignment: scale_of(get(alignment)) * filled, "crispness": 0.6 + 0.1 * generator.random(n)}
     return scores | {"psnr": 20 + generator.random(n), "sane": np.ones(n)}
 
 
-def write_run(path: Path) -> RunDirectory:
+def write_run(path: Path, alignment: str = "shapes") -> RunDirectory:
     """Three trials and one that failed of a model with two double-stream and three single-stream blocks.
 
-    `trial 1` was confirmed and is the pick `balanced`; `trial 2` is on the front with scores alone.
+    `trial 1` was confirmed and is the pick `balanced`; `trial 2` is on the front with scores alone. In points, all
+    differences of alignment are the same, whichever evaluator it is by.
     """
     generator = np.random.default_rng(0)
     transformer = path.parent / "model" / "transformer"
@@ -62,15 +66,16 @@ def write_run(path: Path) -> RunDirectory:
     config = Config.model_validate(
         {
             "name": "tiny", "model": {"path": str(transformer.parent)}, "generation": {"num_inference_steps": STEPS},
-            "prompts": {"search_images": 4, "confirm_images": 8}, "objectives": {"reported": ["psnr"]},
-            "search": {"trials": 4},
+            "prompts": {"search_images": 4, "confirm_images": 8}, "search": {"trials": 4},
+            "objectives": {"alignment": alignment, "reported": ["psnr"]},
         }
     )  # fmt: skip
     run = RunDirectory.open(path, config, resume=False)
     study = optuna.create_study(
         study_name=STUDY, storage=study_url(run, config), directions=["maximize", "maximize", "minimize"]
     )
-    study.set_user_attr("description", {"device": "a CPU", "dtype": "float32"})
+    scales = {name: scale_of(get(name)) for name in (alignment, "crispness", "psnr")}
+    study.set_user_attr("description", {"device": "a CPU", "dtype": "float32", "scales": scales})
     prompts, held_out = _prompts(4, 0), _prompts(8, 100)
     confirmed: list[Confirmed] = []
     before: dict[str, np.ndarray] = {}
@@ -78,9 +83,9 @@ def write_run(path: Path) -> RunDirectory:
         policy = BlockPolicy(name=name, model=model, rules=rules)
         latency, gain = 1.0 - 0.2 * number, 0.03 * number
         trial = study.ask()
-        scores = _measured(generator, prompts, gain)
+        scores = _measured(generator, prompts, gain, alignment)
         key = f"{number}" * 64
-        values = [float(scores["shapes"].mean()), float(scores["crispness"].mean()), latency]
+        values = [float(scores[alignment].mean()), float(scores["crispness"].mean()), latency]
         metrics = {e: float(v.mean()) for e, v in scores.items()} | {"latency": latency, "speedup": 1 / latency}
         stored = {
             "worker": number % 2,
@@ -99,17 +104,17 @@ def write_run(path: Path) -> RunDirectory:
         if number == 2:
             continue
         member = Point(name, *values, key, STEPS)
-        scores = _measured(generator, held_out, gain)
+        scores = _measured(generator, held_out, gain, alignment)
         before = before or scores
         held_out_file = held_out_name(member) if rules else "confirm-unmodified"
         run.write_scores(held_out_file, held_out, scores)
         run.write_images(held_out_file, generator.integers(0, 256, (8, 32, 48, 3), dtype=np.uint8))
         if rules:
             groups = [p.text for p in held_out]
-            told = {e: paired_interval(scores[e], before[e], groups=groups) for e in ("shapes", "crispness", "psnr")}
+            told = {e: paired_interval(scores[e], before[e], groups=groups, scale=s) for e, s in scales.items()}
             confirmed.append(
                 Confirmed(
-                    name=name, key=key, steps=STEPS, anchor=False, rules=len(rules), alignment=told["shapes"],
+                    name=name, key=key, steps=STEPS, anchor=False, rules=len(rules), alignment=told[alignment],
                     quality=told["crispness"], reported={"psnr": told["psnr"]}, seconds=latency, speedup=1 / latency,
                     predicted_speedup=1.2, picks=["balanced"],
                 )

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from blocktune.dashboards.report import write_report
+from blocktune.search.report import write_report as write_facts
 from blocktune.search.run_directory import RunDirectory
 from playwright.sync_api import Page as Tab
 from playwright.sync_api import expect
 
-from .conftest import HOSTILE, Page
+from .conftest import HOSTILE, Page, served, write_run
 
 CUT = "node => getComputedStyle(node).getPropertyValue('--cut').trim()"
 LOADED = "node => node.complete && node.naturalWidth"
@@ -146,6 +147,30 @@ def test_two_policies_stand_side_by_side(tab: Tab, page: Page) -> None:
     expect(tab.locator("table", has_text="evaluator").get_by_role("columnheader", name="Trial")).to_have_count(2)
     tab.get_by_label("Compare with").select_option("nothing")
     expect(headings).to_have_text(["Trial 2"])
+
+
+def test_points_are_those_of_the_report_whatever_the_scale(tab: Tab, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", alignment="clip_score:reference")
+    write_facts(run, {})
+    write_report(run.path, tmp_path / "report.html")
+    row = next(line for line in run.report.read_text().splitlines() if line.startswith("| trial 1 "))
+    alignment, quality = (cell.strip().replace("-", "−") for cell in row.split("|")[4:6])
+    with served(run.path) as page:
+        for url in (page.url, (tmp_path / "report.html").as_uri()):
+            tab.goto(f"{url}#front/trial-1")
+            expect(tab.get_by_role("region", name="Candidates").locator("tbody td.number")).to_have_text(
+                ["1.25×", alignment, quality]
+            )
+            metrics = tab.get_by_role("region", name="Metrics").locator("tbody tr")
+            expect(metrics.nth(0)).to_contain_text(alignment)
+            expect(metrics.nth(1)).to_contain_text(quality)
+            expect(tab.locator(".lead")).to_contain_text(f"alignment {alignment}, quality {quality} points")
+            label = tab.locator('[data-key="confirmed/trial-1"]').get_attribute("aria-label")
+            assert f"alignment {alignment}, quality {quality} points" in str(label)
+            expect(tab.get_by_text("100 points of clip_score:reference are 40")).to_be_visible()
+            expect(tab.locator(".overview svg text.strong").last).to_contain_text(", points")
+            tab.wait_for_load_state("networkidle")  # a picture whose page is left would count as refused
+        tab.goto("about:blank")
 
 
 def test_filters_take_marks_away(tab: Tab, page: Page) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from blocktune.dashboards.answers import answer
 from blocktune.dashboards.files import Missing, RunFiles
+from blocktune.dashboards.standing import scales_of
 from blocktune.policies import BlockPolicy
-from blocktune.search.config import Search
+from blocktune.search.config import Config, Search
+from blocktune.search.report import write_report
 from blocktune.search.run_directory import RunDirectory
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,15 +32,17 @@ def test_the_run_is_told_as_its_files_say(run: RunDirectory, page: Page) -> None
     assert trials["name"] == ["unmodified", "trial 1", "trial 2", "trial 3"]
     assert trials["state"] == ["complete"] * 3 + ["fail"]
     assert trials["reason"] == [None] * 3 + ["the lamp went out"]
+    before = run.read_scores("unmodified")
     for number in range(3):
-        scores = run.read_scores(f"trial-{number:04d}")
-        assert trials["alignment"][number] == pytest.approx(scores["shapes"].mean(), abs=1e-6)
-        assert trials["quality"][number] == pytest.approx(scores["crispness"].mean(), abs=1e-6)
+        after = run.read_scores(f"trial-{number:04d}")
+        gains = {e: 100 * (after[e] - before[e]).mean() for e in ("shapes", "crispness")}
+        assert trials["alignment"][number] == pytest.approx(gains["shapes"], abs=1e-4)
+        assert trials["quality"][number] == pytest.approx(gains["crispness"], abs=1e-4)
         assert trials["latency"][number] == pytest.approx(1 - 0.2 * number)
     (confirmed,), (stored,) = told["confirmed"], record["confirmed"]
     assert confirmed["speedup"] == stored["speedup"]
     assert confirmed["picks"] == ["balanced"]
-    assert confirmed["alignment"]["low"] == pytest.approx(stored["alignment"]["low"], abs=1e-6)
+    assert confirmed["alignment"]["low"] == pytest.approx(100 * stored["alignment"]["low"], abs=1e-4)
 
 
 def test_a_search_that_ended_early_is_finished_and_a_dropped_trial_stands_nowhere(tmp_path: Path) -> None:
@@ -73,7 +77,48 @@ def test_a_candidate_is_told_picture_by_picture(run: RunDirectory, page: Page) -
     assert told["files"] == ["balanced", "trial-1"]
     kinds = {k["kind"]: k["alignment"]["delta"] for k in told["kinds"]}
     gains = (after["shapes"] - before["shapes"]).groupby(before["kind"]).mean()
-    assert kinds == pytest.approx(gains.to_dict(), abs=1e-6)
+    assert kinds == pytest.approx((100 * gains).to_dict(), abs=1e-4)
+
+
+def _differences(root: Path) -> list[float]:
+    """Everything that the page tells in points."""
+    run, *candidates = (answer(RunFiles(root), f"api/{a}") for a in ("run", "candidates/trial-1", "candidates/trial-2"))
+    intervals = [c[role] for c in run["confirmed"] for role in ("alignment", "quality")]
+    for one in candidates:
+        intervals += one["metrics"] + [kind[role] for kind in one["kinds"] for role in ("alignment", "quality")]
+    ends = [i[k] for i in intervals for k in ("delta", "low", "high") if k in i]
+    return [*run["trials"]["alignment"][:3], *run["trials"]["quality"][:3], *run["hypervolume"]["value"], *ends]
+
+
+def test_a_score_forty_times_as_wide_makes_the_same_points(run: RunDirectory, tmp_path: Path) -> None:
+    wide = _differences(write_run(tmp_path / "run", alignment="clip_score:reference").path)
+    assert wide == pytest.approx(_differences(run.path), abs=2e-4)
+    assert wide[1] > 1
+
+
+def test_the_page_and_the_report_tell_the_same_points(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", alignment="clip_score:reference")
+    write_report(run, {})
+    head, _, row = (line for line in run.report.read_text().splitlines() if line.startswith("|"))
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (head, row)), strict=True))
+    alignment, quality, psnr = answer(RunFiles(run.path), "api/candidates/trial-1")["metrics"]
+    for told in (alignment, quality):
+        assert cells[told["name"]] == f"{told['delta']:+.1f} [{told['low']:+.1f}, {told['high']:+.1f}]"
+    assert cells["psnr"] == f"{psnr['value']:.1f} dB"
+    assert (alignment["name"], alignment["scale"]) == ("clip_score:reference", 40.0)
+    assert "100 points of clip_score:reference are 40)" in run.report.read_text()
+
+
+def test_an_older_run_is_asked_of_the_evaluators_and_never_of_code_it_names(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", alignment="clip_score:reference")
+    kept = answer(RunFiles(run.path), "api/candidates/trial-2")
+    with sqlite3.connect(run.path / "study.db") as database:
+        query = "UPDATE study_user_attributes SET value_json = json_remove(value_json, '$.scales')"
+        assert database.execute(f"{query} WHERE key = 'description'").rowcount == 1
+    database.close()
+    assert answer(RunFiles(run.path), "api/candidates/trial-2") == kept
+    named = Config.model_validate({"objectives": {"alignment": "os:abort", "reported": ["hps_v2.1", "hps_v2.1:gone"]}})
+    assert scales_of({}, named) == {"os:abort": 1.0, "crispness": 1.0, "hps_v2.1": 0.15, "hps_v2.1:gone": 1.0}
 
 
 def test_pictures_are_exact(run: RunDirectory, page: Page) -> None:

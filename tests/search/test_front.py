@@ -1,14 +1,16 @@
 """Fronts and volumes against brute force, and picks worked by hand."""
 
+from dataclasses import replace
+
 import pytest
-from blocktune.evaluators import Interval
-from blocktune.search.front import Confirmed, Point, hypervolume, non_dominated, pick, spread
+from blocktune.evaluators import Interval, get
+from blocktune.search.front import Baseline, Confirmed, Point, hypervolume, is_fidelity, non_dominated, pick, spread
 from hypothesis import given
 from hypothesis import strategies as st
 
 MARGINS = (0.015, 0.02)  # of alignment, of quality
 
-BASE = Point("unmodified", 0.5, 0.5, 1.0, key="base")
+BASE = Baseline("unmodified", 0.5, 0.5, 1.0, key="base", scales=(1.0, 1.0))
 grid = st.integers(0, 4)
 points = st.lists(st.tuples(grid, grid, grid), max_size=8).map(
     lambda rows: [Point(f"p{i}", 0.4 + a / 20, 0.4 + q / 20, 0.2 + t / 5, f"k{i}") for i, (a, q, t) in enumerate(rows)]
@@ -38,6 +40,17 @@ def test_hypervolume_is_the_union_of_boxes(candidates: list[Point]) -> None:
         for t in range(round((p.latency - 0.2) * 5), 4)
     }
     assert hypervolume(candidates, BASE) == pytest.approx(100 * len(cells) / (20 * 20 * 5), abs=1e-9)
+
+
+@given(points, st.sampled_from([0.15, 7.0, 40.0]), st.sampled_from([0.15, 7.0, 40.0]))
+def test_scores_on_other_scales_command_the_same(candidates: list[Point], alignment: float, quality: float) -> None:
+    def wide(p: Point) -> Point:
+        return replace(p, alignment=alignment * p.alignment, quality=quality * p.quality)
+
+    base = Baseline("unmodified", 0.5 * alignment, 0.5 * quality, 1.0, key="base", scales=(alignment, quality))
+    assert hypervolume([wide(p) for p in candidates], base) == pytest.approx(hypervolume(candidates, BASE), abs=1e-9)
+    for p in candidates:
+        assert base.points(wide(p)) == pytest.approx((100 * p.alignment - 50, 100 * p.quality - 50))
 
 
 @given(points, st.integers(1, 4))
@@ -91,6 +104,23 @@ def test_each_pick_is_the_best_at_what_it_is_called() -> None:
 
 def test_a_slower_candidate_is_never_fast_or_balanced() -> None:
     assert set(pick([member("louder", 0.9, 0.1)], *MARGINS)) == {"quality"}
+
+
+def test_a_wider_score_makes_the_same_picks() -> None:
+    def wide(c: Confirmed) -> Confirmed:
+        told = {k: 40 * getattr(c.alignment, k) for k in ("value", "baseline", "delta", "low", "high")}
+        return replace(c, alignment=replace(c.alignment, **told, scale=40.0))
+
+    all_ = [member("louder", 0.95, 0.10), member("middle", 1.4, 0.06), member("quick", 1.8, -0.005)]
+    told = {name: one.name for name, one in pick([wide(c) for c in all_], *MARGINS).items()}
+    assert told == {"quality": "louder", "balanced": "middle", "fast": "quick"}
+
+
+@pytest.mark.parametrize(
+    "name", ["psnr", "ssim", "lpips:alex", "dinov2", "shapes", "clip_score:reference", "crispness"]
+)
+def test_what_needs_the_unmodified_picture_is_fidelity(name: str) -> None:
+    assert is_fidelity(name) == get(name).needs_reference
 
 
 def test_confirmed_goes_through_json_unchanged() -> None:

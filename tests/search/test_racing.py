@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
-from blocktune.search.front import Point, hypervolume
+from blocktune.search.front import Baseline, Point, hypervolume
 from blocktune.search.racing import Race, rounds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +40,9 @@ def run(made: Field, first: int) -> tuple[float, list[int]]:
 
 def volume(made: Field, members: list[int]) -> float:
     means = made[0].mean(axis=1)
-    return hypervolume([Point("", *means[i], made[1][i]) for i in members], Point("", 0.0, 0.0, 1.0))
+    return hypervolume(
+        [Point("", *means[i], made[1][i]) for i in members], Baseline("", 0.0, 0.0, 1.0, scales=(1.0, 1.0))
+    )
 
 
 def test_a_race_reaches_what_all_pictures_reach_on_two_fifths_of_them() -> None:

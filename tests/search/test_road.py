@@ -68,6 +68,12 @@ def test_every_wanted_trial_finished_and_anchors_came_first(searched: Path) -> N
     assert anchors[5:] == [None] * (TRIALS - 5)
 
 
+def test_the_study_keeps_what_counts_as_100_points(searched: Path) -> None:
+    study = optuna.load_study(study_name="blocktune", storage=f"sqlite:///{searched / 'study.db'}")
+    expected = {"lamp:Brightness": 1.0, "crispness": 1.0, "shapes": 1.0, "psnr": 100.0}
+    assert study.user_attrs["description"]["scales"] == expected
+
+
 def test_scores_per_picture_agree_with_optuna(searched: Path) -> None:
     for trial in trials_of(searched):
         if "same_as" in trial.user_attrs:
