@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from PIL import Image, ImageDraw, ImageFont
 
 from .config import Config
@@ -22,7 +23,7 @@ def draw_front(
     points: list[Point], front: list[Point], baseline: Baseline, confirmed: list[Confirmed], margin: float, path: Path
 ) -> None:
     """Alignment against speed: what the search saw on the left, what held on new prompts on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.9), sharey=False, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.9), layout="constrained")
     members = {p.key for p in front}
 
     def place(p: Point) -> tuple[float, float]:
@@ -40,37 +41,9 @@ def draw_front(
     left.set_title("Search prompts: what the search saw", loc="left", fontsize=11, color=_INK)
     left.set_xlabel("predicted speed-up")
     left.set_ylabel("alignment against the unmodified model, points")
-
-    right.axhspan(-100 * margin, 0, color=_GREY, alpha=0.25, lw=0)
-    right.annotate(
-        f"margin {100 * margin:.1f} points",
-        (0.005, -100 * margin),
-        xycoords=("axes fraction", "data"),
-        ha="left",
-        va="bottom",
-        fontsize=8,
-        color=_INK,
-    )
-    right.plot(1, 0, "*", ms=13, color=_INK)
-    right.annotate("unmodified", (1, 0), xytext=(6, 8), textcoords="offset points", fontsize=9)
-    for c in confirmed:
-        delta, low, high = c.alignment.in_points
-        color = _INK if c.anchor else _ORANGE if c.picks else _BLUE
-        right.errorbar(
-            c.speedup,
-            delta,
-            [[delta - low], [high - delta]],
-            fmt="D" if c.anchor else "o",
-            ms=7 if c.picks or c.anchor else 5,
-            color=color,
-            mfc="none" if c.anchor else color,
-            capsize=3,
-            lw=1.2,
-        )
-    right.margins(x=0.12, y=0.12)
-    _label(right, confirmed)
     right.set_title("Held-out prompts, new seeds: what held", loc="left", fontsize=11, color=_INK)
     right.set_xlabel("measured speed-up")
+    _draw_confirmed(right, confirmed, margin)
     for axis in (left, right):
         axis.axhline(0, color=_INK, lw=0.8, zorder=0)
         axis.axvline(1, color=_INK, lw=0.8, zorder=0)
@@ -82,25 +55,67 @@ def draw_front(
     plt.close(figure)
 
 
-def _label(axis, confirmed: list[Confirmed]) -> None:
-    """Names of picks and anchors in a column beside the plot, each tied to its point: points that meet stay legible."""
-    named = sorted((c for c in confirmed if c.picks or c.anchor), key=lambda c: c.alignment.delta)
-    if not named:
-        return
-    middle = np.mean([c.alignment.delta for c in named])
-    for i, c in enumerate(named):
-        place = 0.5 + 0.085 * (i - (len(named) - 1) / 2) + 0.5 * float(np.clip(middle, -0.02, 0.02))
-        axis.annotate(
-            " / ".join(c.picks) + (f"  ({c.name})" if c.picks else c.name),
-            (c.speedup, c.alignment.in_points[0]),
-            xytext=(1.03, place),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
-            color=_INK if c.anchor and not c.picks else _ORANGE,
-            fontweight="bold" if c.picks else "normal",
-            arrowprops={"arrowstyle": "-", "color": _GREY, "lw": 0.8, "shrinkA": 2, "shrinkB": 6},
+def _draw_confirmed(axis: Axes, confirmed: list[Confirmed], margin: float) -> None:
+    """Points with their intervals, numbered by speed, and the names beside the plot: points that meet stay legible."""
+    (star,) = axis.plot(1, 0, "*", ms=13, color=_INK, ls="none")
+    lost = axis.axhspan(-100 * margin, 0, color=_GREY, alpha=0.25, lw=0)
+    handles, names = [star, lost], ["unmodified", f"margin, {100 * margin:.1f} points"]
+    ordered = sorted(confirmed, key=lambda c: c.speedup)
+    for number, c in enumerate(ordered, 1):
+        delta, low, high = c.alignment.in_points
+        color = _ORANGE if c.picks else _INK if c.anchor else _BLUE
+        handles.append(
+            axis.errorbar(
+                c.speedup,
+                delta,
+                [[delta - low], [high - delta]],
+                fmt="D" if c.anchor else "o",
+                ms=7 if c.picks or c.anchor else 5,
+                color=color,
+                mfc="none" if c.anchor else color,
+                capsize=3,
+                lw=1.2,
+            )
         )
+        names.append(f"{number}  " + (f"{' / '.join(c.picks)}  ({c.name})" if c.picks else c.name))
+    axis.margins(x=0.12, y=0.12)
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom, top + 0.1 * (top - bottom))  # the margin above all intervals is where lines may slant
+    start, end = axis.get_xlim()
+    gap = min(0.035, 1 / max(1, len(ordered)))
+    places = apart(np.array([(c.speedup - start) / (end - start) for c in ordered]), gap)
+    for number, (c, place) in enumerate(zip(ordered, places, strict=True), 1):
+        above = start + place * (end - start)
+        line = [(above, top + 0.05 * (top - bottom)), (c.speedup, top), (c.speedup, c.alignment.in_points[2])]
+        axis.plot(*zip(*line, strict=True), color=_GREY, lw=0.8, zorder=1)
+        axis.text(
+            above,
+            top + 0.055 * (top - bottom),
+            str(number),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color=_ORANGE if c.picks else _INK,
+            fontweight="bold" if c.picks else "normal",
+        )
+    axis.set_xlim(start, end)
+    key = axis.legend(
+        handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, labelcolor=_INK
+    )
+    for text, c in zip(key.get_texts()[2:], ordered, strict=True):
+        if c.picks:
+            text.set(color=_ORANGE, fontweight="bold")
+
+
+def apart(places: np.ndarray, gap: float) -> np.ndarray:
+    """Sorted `places` `(n,)` in [0, 1], moved where they crowd: at least `gap` between any two, in the same order.
+
+    As many must have room: `gap` is at most 1 / n.
+    """
+    steps = gap * np.arange(len(places))
+    right = np.maximum.accumulate(places - steps)  # when each makes room for those before it
+    left = np.minimum.accumulate((places - steps)[::-1])[::-1]  # and for those behind it
+    return steps + ((left + right) / 2).clip(0, 1 - gap * (len(places) - 1))
 
 
 def side_by_side(columns: dict[str, np.ndarray], captions: list[str], path: Path, tile: int = 144) -> None:
