@@ -64,7 +64,9 @@ class Plan:
             if rule.acts and (branch == "both" or rule.branch == "both"):
                 for block in rule.blocks:
                     rules[block].append(rule)
-        columns = [_block_steps(of_block, num_steps, start) for of_block in rules]
+        alike = {tuple(map(id, of_block)): of_block for of_block in rules}  # blocks of one band share their column
+        made = {key: _block_steps(of_block, num_steps, start) for key, of_block in alike.items()}
+        columns = [made[tuple(map(id, of_block))] for of_block in rules]
         empty: tuple[BlockStep, ...] = ()
         return cls(num_steps, start, (empty,) * start + tuple(zip(*columns, strict=True)))
 
