@@ -298,7 +298,8 @@ class Tracker:
             return self._run_id, False
         made = record.trial not in self._children
         if made:
-            tags = {"mlflow.parentRunId": self._run_id, "blocktune.kind": "trial", "trial": str(record.trial)}
+            own = {"mlflow.parentRunId": self._run_id, "blocktune.kind": "trial", "trial": str(record.trial)}
+            tags = own | {key: value[:8000] for key, value in record.tags.items()}
             run = self._client.create_run(
                 self._experiment, start_time=record.started or record.stamp, run_name=f"trial-{record.trial:04d}",
                 tags=tags,
@@ -316,7 +317,8 @@ class Tracker:
         changed = {key: value for key, value in params.items() if there.get(key, value) != value}
         metrics = [Metric(key, value, record.stamp, record.step) for key, value in record.metrics.items()]
         new = [Param(key, value) for key, value in params.items() if key not in there]
-        tags = [RunTag(key, value[:8000]) for key, value in (record.tags | changed).items()]
+        told = changed if made else record.tags | changed  # a new run was made with its tags
+        tags = [RunTag(key, value[:8000]) for key, value in told.items()]
         for first in range(0, max(map(len, (metrics, new, tags))), 100):  # as many as MLflow takes in one call
             part = slice(first, first + 100)
             self._client.log_batch(run, metrics[part], new[part], tags[part])
