@@ -88,7 +88,7 @@ def confirm(study: Study) -> list[Confirmed]:
     named_files = {c.name.replace(" ", "-"): c for c in confirmed if c.rules} | picks
     for name, member in named_files.items():
         _file(study, name, member, policies[member.key], len(confirmed)).save(run.policies / f"{name}.json")
-    baseline = {"seconds": base_seconds, "hypervolume": hypervolume(study.front(), study.baseline)}
+    baseline = {"seconds": base_seconds, "hypervolume": hypervolume(study.tally.front, study.baseline)}
     record = {
         "baseline": baseline,
         "level": level,

@@ -19,6 +19,7 @@ class Entry:
 
     trial: optuna.Trial
     chosen: Candidate
+    latency: float  # predicted seconds of a batch
     rounds: Iterator[int]
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     images: int = 0

@@ -1,6 +1,7 @@
 """Which candidates no other beats, how much space they command, and the named picks among the confirmed."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,18 +92,23 @@ def held_out_name(member: Point | Confirmed) -> str:
     return f"confirm-{member.key[:16]}-{member.steps}"
 
 
-def non_dominated(points: list[Point]) -> list[Point]:
-    """Points that no other matches on every axis and beats on one; of equal points the first."""
-    front = []
-    for i, p in enumerate(points):
-        beaten = any(
-            all(a <= b for a, b in zip(q.losses, p.losses, strict=True)) and (q.losses != p.losses or j < i)
-            for j, q in enumerate(points)
-            if j != i
-        )
-        if not beaten:
-            front.append(p)
-    return sorted(front, key=lambda p: p.latency)
+def extended(front: list[Point], point: Point) -> list[Point]:
+    """The front once `point` has come, fastest first; of equal points the first stays."""
+
+    def matches(one: Point, other: Point) -> bool:
+        return all(a <= b for a, b in zip(one.losses, other.losses, strict=True))
+
+    if any(matches(member, point) for member in front):
+        return front
+    return sorted([*(m for m in front if not matches(point, m)), point], key=lambda p: p.latency)
+
+
+def non_dominated(points: Iterable[Point]) -> list[Point]:
+    """Points that no other matches on every axis and beats on one; of equal points the first. Fastest first."""
+    front: list[Point] = []
+    for point in points:
+        front = extended(front, point)
+    return front
 
 
 def hypervolume(points: list[Point], baseline: Baseline) -> float:

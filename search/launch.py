@@ -65,7 +65,7 @@ def launch(
                 study.search()
             confirmed = confirm(study)
             points = [point_of(t) for t in feasible(study.study, anchors=True)]
-            draw_front(points, study.front(), study.baseline, confirmed, config.confirm.margin, run.front)
+            draw_front(points, study.tally.front, study.baseline, confirmed, config.confirm.margin, run.front)
             draw_comparison(run, confirmed)
             _grids(run, study, confirmed)
             facts = {
@@ -76,8 +76,8 @@ def launch(
                 "ended by": study.ended or "not ended",
                 "sampler": f"{config.search.sampler}, seed {config.search.seed}",
                 "time": f"{time.monotonic() - started:.0f} s in this process",
-                "shared": f"{100 * study.spent()['steps_saved']:.0f} % of the denoising steps of its candidates",
-                "hypervolume": f"{study.standing()['hypervolume']:.3f}",
+                "shared": f"{100 * study.tally.spent['steps_saved']:.0f} % of the denoising steps of its candidates",
+                "hypervolume": f"{study.tally.standing['hypervolume']:.3f}",
             }
             write_report(run, facts)
             write_page(path, run.page)
@@ -105,9 +105,9 @@ def launch(
 
 def _told(study: Study) -> str:
     """How much was searched, and how much of it the race spared."""
-    trials, images = study.finished(), study.config.prompts.search_images
+    trials, images = study.tally.finished, study.config.prompts.search_images
     dropped = sum("dropped" in t.user_attrs for t in study.study.get_trials(deepcopy=False))
-    drawn = f"{study.spent()['images']:.0f} pictures drawn"
+    drawn = f"{study.tally.spent['images']:.0f} pictures drawn"
     return f"{trials} trials of {images} pictures, {dropped} dropped on fewer, {drawn}"
 
 

@@ -1,7 +1,7 @@
 """The search: Optuna proposes in this process, workers measure, and what is finished survives any kill.
 
-A trial has its scores and attributes written before MLflow and Optuna are told, its `metrics` or `reason` last: on
-resume, one that has them is told again, any other is run again.
+A trial is written as it goes to a worker, its scores and attributes before MLflow and Optuna are told, its `metrics`
+or `reason` last: on resume, one that has them is told again, any other is run again.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from ..evaluators import get, scale_of
 from ..policies import BlockPolicy
 from .budget import Budget
 from .config import Config, ConfigError
 from .entry import Entry
-from .front import Point, hypervolume, non_dominated
+from .front import Point
 from .pool import Job, Pool
 from .prior import prior, read_probe
 from .progress import Display
@@ -28,7 +28,8 @@ from .prompts import read_prompts
 from .racing import Race, rounds
 from .run_directory import RunDirectory
 from .space import Candidate, anchors, candidate, distributions, steps_of, suggest
-from .storage import STUDY, feasible, open_storage, point_of, study_url
+from .storage import STUDY, Storage, feasible, point_of, study_url
+from .tally import Tally
 from .tracking import Tracker
 from .unmodified import Unmodified
 
@@ -85,9 +86,12 @@ class Study:
         space = {k: optuna.distributions.distribution_to_json(d) for k, d in self._space.items()}
         what = {"searched": self.config.searched(), "model": self.model.model_dump(mode="json"), "space": space}
         fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-        storage = open_storage(study_url(self.run, self.config))
+        self._storage = Storage(study_url(self.run, self.config))
         self.study = optuna.create_study(
-            study_name=STUDY, storage=storage, directions=["maximize", "maximize", "minimize"], load_if_exists=True
+            study_name=STUDY,
+            storage=self._storage,
+            directions=["maximize", "maximize", "minimize"],
+            load_if_exists=True,
         )
         known = self.study.user_attrs.get("fingerprint")
         if known not in (None, fingerprint):
@@ -120,6 +124,9 @@ class Study:
                 again = {k: v for k, v in zombie.user_attrs.items() if k in ("anchor", "origin")}
                 self.study.enqueue_trial(zombie.params, user_attrs=again | {"retry_of": zombie.number})
             self.study.tell(zombie.number, state=TrialState.FAIL)
+        self.tally = Tally(self.baseline, len(self.prompts))
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
+            self.tally.add(trial)
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         # of equal ones the first: it was measured, the others stand on it
         self._known = {t.user_attrs["key"]: t for t in reversed(complete)}
@@ -127,12 +134,7 @@ class Study:
             if "same_as" not in trial.user_attrs:
                 scores = self.run.read_scores(f"trial-{trial.number:04d}")
                 self._race.finish(self.unmodified.differences(scores), point_of(trial).latency)
-        self._allow(self.spent())
-
-    def finished(self) -> int:
-        """Trials that count: complete, or failed for a reason of their own and not by a kill."""
-        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
-        return sum(t.state == TrialState.COMPLETE or "reason" in t.user_attrs for t in trials)
+        self._allow()
 
     @property
     def ended(self) -> str | None:
@@ -142,10 +144,10 @@ class Study:
     def search(self) -> None:
         """Run until a limit of the config is reached, and what runs by then has finished."""
         limits = self.config.search
-        done, images = self.finished(), self.spent()["images"]
+        done, images = self.tally.finished, self.tally.spent["images"]
         self._budget = Budget(**self.study.user_attrs.get("budget", {}))
         self.study.set_user_attr("ended", None)
-        self.display.trials(done, limits.trials, self.standing(), 0, 0.0)
+        self.display.trials(done, limits.trials, self.tally.standing, 0, 0.0)
         while not (ended := self._budget.ended(limits, done, images)) or self.pool.busy:
             while not ended and self.pool.free and done + self.pool.busy < limits.trials:
                 trial, chosen = self._ask()
@@ -157,7 +159,8 @@ class Study:
                 # known points are wanted whole: anchors are confirmed whatever they score
                 races = self.config.search.racing and "anchor" not in trial.user_attrs
                 first = self.config.search.first_images if races else len(self.prompts)
-                self._draw(Entry(trial, chosen, rounds(first, len(self.prompts))))
+                latency = self.unmodified.latency(chosen)
+                self._draw(Entry(trial, chosen, latency, rounds(first, len(self.prompts))))
             if not self.pool.busy:
                 continue
             for job in self.pool.wait(timeout=1.0):
@@ -172,7 +175,9 @@ class Study:
         policy, steps = entry.chosen.policy, entry.chosen.steps
         job = Job("measure", (policy, steps, "search", self.unmodified.images, next(entry.rounds), entry.images), entry)
         self.pool.submit(job)
-        entry.trial.set_user_attr("worker", job.worker)
+        if entry.trial.user_attrs.get("worker") != job.worker:
+            entry.trial.set_user_attr("worker", job.worker)
+        self._storage.write()
 
     def _outside(self, params: dict[str, Any]) -> bool:
         """Whether an anchor lies outside of the space: its sampler must not learn from it."""
@@ -182,7 +187,11 @@ class Study:
         trial = self.study.ask()
         known = self._anchors.get(trial.user_attrs.get("anchor", ""))
         params = known if known and self._outside(known) else suggest(trial, self._space)
-        return trial, candidate(params, self.config, self.model, f"trial {trial.number}")
+        chosen = candidate(params, self.config, self.model, f"trial {trial.number}")
+        trial.set_user_attr("key", chosen.key)
+        trial.set_user_attr("steps", chosen.steps)
+        trial.set_user_attr("policy", chosen.policy.model_dump(mode="json", exclude_none=True))
+        return trial, chosen
 
     def _tell_known(self, trial: optuna.Trial, chosen: Candidate) -> None:
         """The same behaviour spelled otherwise is one policy: its scores stand."""
@@ -193,20 +202,11 @@ class Study:
         for name, excess in known.constraints.items():
             trial.set_constraint(name, excess)
         unspent = {"images": 0.0, "generate_seconds": 0.0, "score_seconds": 0.0, "steps_saved": 1.0}
-        self._attributes(trial, chosen, metrics=known.user_attrs["metrics"] | unspent)
-        self._close(trial)
-        self._after(trial.number, chosen, 0, 0.0)
+        trial.set_user_attr("metrics", known.user_attrs["metrics"] | unspent)
+        self._storage.write()
+        self._after(self._close(trial))
 
-    @staticmethod
-    def _attributes(trial: optuna.Trial, chosen: Candidate, **outcome: Any) -> None:
-        """What the trial measured, and last its `metrics` or the `reason` it failed for: with that it is whole."""
-        for name, value in {"key": chosen.key, "steps": chosen.steps}.items():
-            trial.set_user_attr(name, value)
-        trial.set_user_attr("policy", chosen.policy.model_dump(mode="json", exclude_none=True))
-        for name, value in outcome.items():
-            trial.set_user_attr(name, value)
-
-    def _close(self, trial: optuna.Trial | optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+    def _close(self, trial: optuna.Trial | FrozenTrial) -> FrozenTrial:
         """Tell MLflow, then Optuna, what the attributes of `trial` say; after a kill in between, both again."""
         told = trial.user_attrs
         policy, metrics, reason = BlockPolicy.model_validate(told["policy"]), told.get("metrics"), told.get("reason")
@@ -227,12 +227,12 @@ class Study:
             entry.add(job.result)
             reason = entry.not_finite()
         if reason:
-            self._attributes(trial, chosen, reason=reason)
-            self._close(trial)
+            trial.set_user_attr("reason", reason)
+            closed = self._close(trial)
             self.display.say(f"trial {trial.number} failed: {reason}")
-            self._after(trial.number, chosen, 0, 0.0)
+            self._after(closed)
             return True
-        seen, latency = entry.images, self.unmodified.latency(chosen)
+        seen, latency = entry.images, entry.latency
         against = self.config.constraints, self.unmodified.scores, latency / self.baseline.latency
         differences, dropped = self.unmodified.differences(entry.scores), seen < len(self.prompts)
         hopes = max(entry.certain(*against).values()) <= 0
@@ -255,63 +255,37 @@ class Study:
             trial.set_user_attr("dropped", True)
         elif max(broken.values()) <= 0:
             self._race.finish(differences, latency)
-        self._attributes(trial, chosen, metrics=metrics)
-        self._known.setdefault(chosen.key, self._close(trial))
-        self._after(trial.number, chosen, seen, entry.generate_seconds)
+        trial.set_user_attr("metrics", metrics)
+        closed = self._close(trial)
+        self._known.setdefault(chosen.key, closed)
+        self._after(closed, seen, entry.generate_seconds)
         return True
 
-    def standing(self) -> dict[str, float]:
-        points = [point_of(t) for t in feasible(self.study)]
-        if not points:
-            return {}
-        return {
-            "best_alignment": max(p.alignment for p in points),
-            "best_quality": max(p.quality for p in points),
-            "best_speedup": max(self.baseline.latency / p.latency for p in points),
-            "hypervolume": hypervolume(points, self.baseline),
-            "front": float(len(non_dominated(points))),
-            "failed": float(len(self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))),
-        }
-
-    def spent(self) -> dict[str, float]:
-        """Pictures made and seconds of workers in the trials that were measured; those of GPUs where there are.
-
-        `steps_saved` is the share of their denoising steps that earlier candidates had taken alike.
-        """
-        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        measured = [t.user_attrs["metrics"] for t in trials if "same_as" not in t.user_attrs]
-        seconds = sum(m["generate_seconds"] + m["score_seconds"] for m in measured)
-        images = sum(m.get("images", len(self.prompts)) for m in measured)
-        saved = sum(m.get("steps_saved", 0.0) * m.get("images", len(self.prompts)) for m in measured)
-        spent = {"images": float(images), "worker_seconds": seconds, "steps_saved": saved / max(1, images)}
-        return spent | ({"gpu_seconds": seconds * self.pool.gpus} if self.pool.gpus else {})
-
-    def _allow(self, spent: dict[str, float]) -> None:
+    def _allow(self) -> None:
         """How long a worker may be silent, by what the largest job would have taken so far."""
+        spent = self.tally.spent
         if self.config.ray.timeout_s is None and spent["images"]:
             self.pool.limit = 60 + 20 * self._largest * spent["worker_seconds"] / spent["images"]
 
-    def _after(self, number: int, chosen: Candidate, images: int, seconds: float) -> None:
-        standing, done = self.standing(), self.finished()
+    def _after(self, closed: FrozenTrial, images: int = 0, seconds: float = 0.0) -> None:
+        """A trial has finished, with so many pictures in so many seconds of drawing."""
+        self.tally.add(closed)
+        standing, done, spent = self.tally.standing, self.tally.finished, self.tally.spent
         self.study.set_user_attr("budget", self._budget.trial(done, standing.get("hypervolume", 0.0)))
-        spent = self.spent()
-        self._allow(spent)
-        self.tracker.progress(number, standing | spent)
+        self._allow()
+        on_gpus = {"gpu_seconds": spent["worker_seconds"] * self.pool.gpus} if self.pool.gpus else {}
+        self.tracker.progress(closed.number, standing | spent | on_gpus)
         self.display.trials(done, self.config.search.trials, standing, images, seconds)
-
-    def front(self) -> list[Point]:
-        """Non-dominated feasible trials, fastest first."""
-        return non_dominated([point_of(t) for t in feasible(self.study)])
 
     def front_table(self) -> list[dict[str, Any]]:
         """The front as rows for a person, fastest first."""
         return [
             {"candidate": p.name, "steps": p.steps, "alignment": p.alignment, "quality": p.quality,
              "latency": p.latency, "speedup": self.baseline.latency / p.latency, "key": p.key[:16]}
-            for p in self.front()
+            for p in self.tally.front
         ]  # fmt: skip
 
-    def cautious(self, trial: optuna.trial.FrozenTrial) -> Point:
+    def cautious(self, trial: FrozenTrial) -> Point:
         """A trial's point with alignment and quality lower by the standard error of what they differ from baseline."""
         point = point_of(trial)
         number = trial.user_attrs.get("same_as", trial.number)
