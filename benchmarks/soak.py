@@ -5,8 +5,9 @@ the driver with all its processes is killed twice and resumed. At the end every 
 finished before a kill is as it was, none was run twice, and MLflow holds each once.
 
 The driver: the real study, tracker and SQLite, with a pool that answers at once, as if a picture took no time. Told are
-milliseconds per trial among the last hundred: CPU time of the driver's thread, which other work on the machine does not
-lengthen and to which the limit applies, those of it that the sampler takes, and wall time.
+milliseconds of CPU time per trial, of the whole process, among the last hundred trials, to which the limit applies, and
+from the first to the last; and of the last hundred what the search's thread takes, the sampler in it, and the thread
+that sends to MLflow.
 """
 
 import argparse
@@ -185,16 +186,17 @@ class InstantPool:
 
     def run(self, jobs: list[Job]) -> list[Job]:
         for job in jobs:
-            scores = {name: self.rng.uniform(size=self.images) for name in self.names}
-            pictures = np.zeros((self.images, 8, 8, 3), np.uint8)
-            job.result = Measurement(scores | {"sane": np.ones(self.images)}, pictures, 0.0, 0.0)
+            end, start = job.args[4:] or (self.images, 0)
+            scores = {name: self.rng.uniform(size=end - start) for name in self.names}
+            pictures = np.zeros((end - start, 8, 8, 3), np.uint8)
+            job.result = Measurement(scores | {"sane": np.ones(end - start)}, pictures, 0.0, 0.0, 0.0)
         return jobs
 
 
 def driver(trials: int) -> dict[str, Any]:
-    """Milliseconds of the driver per trial, over the last hundred, and of the sampler among them."""
+    """Milliseconds per trial of the driver's process, over the last hundred of `trials` and over all of them."""
     config = load_config(None, [f"search.trials={trials}"])
-    blocks, asked, ends, worked = 38, [], [], []
+    blocks, asked, marks = 38, [], []
     model = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=blocks, fingerprint="0" * 64)
     parts = dict.fromkeys(("step_overhead", "run_overhead", "run_seconds"), 0.1)
     sizes = {"steps": 20, "repeats": 1, "batch": 24, "rows": 48, "height": 8, "width": 8, "threads": 1}
@@ -208,7 +210,7 @@ def driver(trials: int) -> dict[str, Any]:
         pool: Any = InstantPool(config, model, config.prompts.search_images)
         tracker = Tracker(config, run.path, "benchmark")
         study = Study(config, run, pool, tracker, display)
-        ask, tell = study._ask, study._tell
+        ask, after = study._ask, study._after
 
         def timed_ask() -> Any:
             began = time.thread_time()
@@ -216,25 +218,28 @@ def driver(trials: int) -> dict[str, Any]:
             asked.append(time.thread_time() - began)
             return answer
 
-        def timed_tell(job: Job) -> None:
-            tell(job)
-            ends.append(time.perf_counter())
-            worked.append(time.thread_time())
+        def mark() -> None:
+            """When MLflow has all that it was told of: its thread's work belongs to the trials that were before."""
+            while tracker._unsent:
+                time.sleep(0.01)
+            marks.append((time.process_time(), time.thread_time()))
 
-        study._ask, study._tell = timed_ask, timed_tell
+        def marked_after(closed: FrozenTrial, images: int = 0, seconds: float = 0.0) -> None:
+            after(closed, images, seconds)
+            if study.tally.finished in (trials - 100, trials):
+                mark()
+
+        study._ask, study._after = timed_ask, marked_after
+        mark()
         study.search()
         tracker.close()
         run.release()
-
-    def per_trial(marks: list[float]) -> float:
-        """Milliseconds between marks, over the last hundred trials."""
-        last = marks[-101:]
-        return 1000 * (last[-1] - last[0]) / (len(last) - 1)
-
-    told = per_trial(worked)
+    process, thread = np.diff(1000 * np.array(marks), axis=0).T  # up to the last hundred, and in it
+    last, mean_of_all = process[1] / 100, process.sum() / trials
     return {
-        "trials": trials, "cpu_ms_per_trial": told, "of_which_sampler_ms": 1000 * mean(asked[-100:]),
-        "wall_ms_per_trial": per_trial(ends), "limit_ms": LIMIT_MS, "held": told <= LIMIT_MS,
+        "trials": trials, "cpu_ms_per_trial": last, "of_which_search_thread_ms": thread[1] / 100,
+        "of_which_sampler_ms": 1000 * mean(asked[-100:]), "of_which_mlflow_thread_ms": (process - thread)[1] / 100,
+        "cpu_ms_per_trial_from_the_first": mean_of_all, "limit_ms": LIMIT_MS, "held": bool(last <= LIMIT_MS),
     }  # fmt: skip
 
 
