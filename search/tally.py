@@ -2,14 +2,14 @@
 
 from optuna.trial import FrozenTrial, TrialState
 
-from .front import Point, extended, hypervolume
+from .front import Baseline, Point, extended, hypervolume
 from .storage import point_of, stands
 
 
 class Tally:
     """Told of every trial once, when it has finished; a resume tells it of the stored ones."""
 
-    def __init__(self, baseline: Point, images: int):
+    def __init__(self, baseline: Baseline, images: int):
         """`images` are those that a trial had which does not say."""
         self.front: list[Point] = []  # of feasible trials, fastest first
         self.finished = self.failed = 0  # trials that count, and all that failed

@@ -4,14 +4,14 @@ from typing import Any
 
 import optuna
 import pytest
-from blocktune.search.front import Point, hypervolume, non_dominated
+from blocktune.search.front import Baseline, hypervolume, non_dominated
 from blocktune.search.storage import feasible, point_of
 from blocktune.search.tally import Tally
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
-BASELINE = Point("unmodified", 0.5, 0.5, 1.0, key="base")
+BASELINE = Baseline("unmodified", 0.5, 0.5, 1.0, key="base", scales=(1.0, 1.0))
 grid = st.integers(0, 4)
 outcomes = st.sampled_from(["complete", "complete", "dropped", "infeasible", "same", "failed", "killed"])
 
