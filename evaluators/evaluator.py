@@ -41,15 +41,20 @@ def scale_of(evaluator: Evaluator) -> float:
     return getattr(evaluator, "scale", 1.0)
 
 
-def image_array(image: Image.Image | np.ndarray) -> np.ndarray:
-    """One picture as float32 `(h, w, 3)`: a PIL picture, or an array of uint8 or of floats in [0, 1].
+def image_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+    """One picture as it is, uint8 or float32 `(h, w, 3)`: a PIL picture, or an array of uint8 or of floats in [0, 1].
 
     Floats are taken as they are, NaN and values out of range included. Raises ValueError for any other shape or dtype.
     """
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"image has shape {pixels.shape}; accepted: (height, width, 3)")
-    return _unit(pixels)
+    return pixels if pixels.dtype == np.uint8 else _unit(pixels)
+
+
+def image_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """One picture as float32 `(h, w, 3)`, in [0, 1] where it was; else as `image_pixels`."""
+    return _unit(image_pixels(image))
 
 
 def as_array(images: Images) -> np.ndarray:

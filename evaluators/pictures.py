@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from .evaluator import Images, image_array
+from .evaluator import Images, image_pixels
 from .sanity import Sane
 
 
@@ -11,7 +11,9 @@ def as_picture(image: Image.Image | np.ndarray) -> Image.Image | None:
     """An RGB picture of 8 bits, floats clipped to [0, 1] and rounded; None for one with NaN or inf, or no pixels."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    pixels = image_array(image)
+    pixels = image_pixels(image)
+    if pixels.dtype == np.uint8 and pixels.size:
+        return Image.fromarray(pixels)
     if pixels.size == 0 or not np.isfinite(pixels).all():
         return None
     return Image.fromarray(np.uint8(np.round(pixels.clip(0, 1) * 255)))

@@ -1,6 +1,10 @@
 import numpy as np
 import pytest
 from blocktune.evaluators import get
+from blocktune.evaluators.pictures import as_picture
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 
@@ -82,3 +86,14 @@ def test_pictures_of_different_sizes_are_judged_one_by_one():
 def test_channels_first_batch_is_not_sane():
     batch = np.stack([photo(), photo(1)]).transpose(0, 3, 1, 2)
     assert get("sane").score(batch, ["a", "b"]).tolist() == [0, 0]
+
+
+@given(arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.just(3)), elements=st.integers(0, 255)))
+def test_bytes_are_judged_as_the_floats_they_stand_for(pixels: np.ndarray) -> None:
+    assert sane(pixels) == sane(pixels / 255)
+
+
+@given(arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.just(3)), elements=st.integers(0, 255)))
+def test_bytes_and_the_floats_they_stand_for_are_the_same_picture(pixels: np.ndarray) -> None:
+    pictures = [as_picture(form) for form in (pixels, pixels / 255, Image.fromarray(pixels))]
+    assert all(p is not None and np.array_equal(np.asarray(p), pixels) for p in pictures)
