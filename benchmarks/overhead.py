@@ -243,7 +243,7 @@ class Bench:
 
         before = obeying()
         table = measure_cost_table(SimpleNamespace(transformer=self.model), self.denoise, repeats=2)
-        predicted = table.predict(Plan.compile(mixed, STEPS).kinds)
+        predicted = table.predict(Plan.compile(mixed, STEPS).work)
         return rows | {"measured / predicted run": [before / predicted, obeying() / predicted]}
 
     def memory(self, policy: BlockPolicy) -> float:

@@ -64,12 +64,12 @@ class CostTable(BaseModel):
         if ARCHITECTURES[policy.model.transformer].guidance == "calls":
             branches = ("cond", "uncond") if self.calls_per_step == 2 else ("cond",)
         plans = (Plan.compile(policy, num_steps, branch=branch) for branch in branches)
-        return self.predict([row for plan in plans for row in plan.kinds])
+        return self.predict([row for plan in plans for row in plan.work])
 
     def predict(self, kinds: Sequence[Sequence[str]]) -> float:
         """Seconds of a run in which block `b` in call `i` does `kinds[i][b]`: "compute", "skip" or "reuse".
 
-        `kinds` has a row per call, as `Plan.kinds`, empty where a run that starts late passes it over. With all
+        `kinds` has a row per call, as `Plan.work`, empty where a run that starts late passes it over. With all
         computed at the measured number of steps the answer is `run_seconds`. Raises ValueError for another number of
         blocks or another kind.
         """

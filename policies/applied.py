@@ -5,7 +5,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -42,6 +42,8 @@ class _Lane:
     plan: Plan | None = None  # None before the first call of the run
     step: int = -1  # of the last call
     memories: defaultdict[int, Memory] = field(default_factory=lambda: defaultdict(Memory))
+    # The neighbours with which each block kept its residual last; it lies in the memory of the first.
+    runs: dict[int, tuple[int, int]] = field(default_factory=dict)
     stand_ins: dict[tuple[int, BlockStep, Rows], SkippedBlock | ReusedBlock | ComputedBlock] = field(
         default_factory=dict
     )
@@ -52,7 +54,7 @@ class _Lane:
         """Ends the run: frees what it cached."""
         self.plan = self.embeddings = None
         for memory in self.memories.values():
-            memory.residual = None
+            memory.forget()
 
 
 class Applied:
@@ -201,7 +203,7 @@ class Applied:
             self._cache_bytes = max(self._cache_bytes, held)
         for index, action in enumerate(lane.plan.steps[call.step]):
             if action.releases:
-                lane.memories[index].residual = None
+                lane.memories[index].forget()
 
     def _argument(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
         """The argument of that name that the transformer is called with, or None."""
@@ -215,6 +217,8 @@ class Applied:
         row = self._architecture
         left_out = kwargs.get(row.perturbed_by) if row.perturbed_by else None
         lane, step = self._enter(left_out is not None)
+        # what a ControlNet adds between blocks would be added again with the residual of a run
+        apart = left_out is not None or any("control" in name for name in self._given(args, kwargs))
         rows = None
         if any(action.touched for action in step):
             if row.filled_by and self._argument(args, kwargs, row.filled_by) is not None:
@@ -225,15 +229,21 @@ class Applied:
             if left_out is not None and index in left_out:
                 done.append("")
                 continue
-            if action.kind == "reuse" and lane.memories[index].residual is None:
+            if action.keeps:
+                lane.runs[index] = (index, index) if apart or action.run is None else self._within(index, action.run)
+            run = lane.runs.get(index) if action.keeps or action.kind == "reuse" else None
+            run = run or (index, index)
+            if action.kind == "reuse" and lane.memories[run[0]].residual is None:
                 # Left out by guidance when it would have computed: nothing is cached, so it computes.
                 action = BlockStep("compute", keeps=not action.releases, scales=action.scales)
             done.append(action.kind + "+scale" * bool(action.scales))
-            if action.touched and rows is not None:
+            inside = action.kind == "compute" and not action.scales and index not in run
+            if action.touched and rows is not None and not inside:
                 slot = self._slots[index]
+                action = replace(action, run=run)
                 stand_in = lane.stand_ins.get((index, action, rows))
                 if stand_in is None or not stand_in.stands_in_for(slot.block):
-                    stand_in = self._stand_in(slot, lane.memories[index], action, rows)
+                    stand_in = self._stand_in(index, lane.memories[run[0]], action, rows)
                     lane.stand_ins[index, action, rows] = stand_in
                 stand_in.called = False
                 self._swapped.append((slot, slot.block))
@@ -326,16 +336,28 @@ class Applied:
                         f"rules[{i}].action.tokens has {missing!r}, which stands in no prompt of this run."
                     )
 
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+        """The names of the arguments of the transformer that are not None."""
+        named = dict(zip(self._parameters, args, strict=False)) | kwargs
+        return {name for name, value in named.items() if value is not None}
+
+    def _within(self, index: int, run: tuple[int, int]) -> tuple[int, int]:
+        """The part of a run that lies in the block's own list: between two lists streams are joined or split."""
+        own = self._slots[index].children
+        inside = [i for i in range(run[0], run[1] + 1) if self._slots[i].children is own]
+        return inside[0], inside[-1]
+
     def _stand_in(
-        self, slot: Slot, memory: Memory, action: BlockStep, rows: Rows
+        self, index: int, memory: Memory, action: BlockStep, rows: Rows
     ) -> SkippedBlock | ReusedBlock | ComputedBlock:
         def factor(operand: str, scope: str | None = None) -> torch.Tensor | None:
             return rows.factor([(b, a) for b, a in action.scales if a.operand == operand and a.scope == scope])
 
+        slot, (first, last) = self._slots[index], action.run or (index, index)
         block, kind = slot.block, slot.kind
         layout = Layout(kind.streams, rows.text_tokens)
         stream = factor("input", "propagate")
-        if action.kind == "skip":
+        if action.kind == "skip" or (action.kind == "reuse" and index != first):
             return SkippedBlock(block, layout)
         if action.kind == "reuse":
             return ReusedBlock(block, layout, memory, stream)
@@ -344,7 +366,10 @@ class Applied:
         if any(f is not None for f in factors):
             attention = ScaledAttention(getattr(block, kind.attention), kind.text_keys, *factors)
         kept = memory if action.keeps else None
-        return ComputedBlock(block, layout, kept, stream, factor("input", "local"), kind.attention, attention)
+        local = factor("input", "local")
+        return ComputedBlock(
+            block, layout, kept, stream, local, kind.attention, attention, index == first, index == last
+        )
 
     def _restore(self) -> None:
         while self._swapped:

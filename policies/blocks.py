@@ -13,13 +13,22 @@ from .layout import Layout, Stream
 
 
 class Memory:
-    """The residual a block computed last: (text, image), output minus input."""
+    """The residual that a block, or a run of neighbours, computed last: (text, image), output minus input."""
 
     def __init__(self, on_cpu: bool = False) -> None:
         self.on_cpu = on_cpu
         self.residual: tuple[Stream, torch.Tensor] | None = None
+        self._given: tuple[Stream, torch.Tensor] | None = None  # to the first block, until the last has returned
+
+    def begin(self, text: Stream, image: torch.Tensor) -> None:
+        """What the block, or the first of the run, is given."""
+        self._given = text, image
 
     def keep(self, text: Stream, image: torch.Tensor) -> None:
+        """What it, or the last of the run, has returned."""
+        assert self._given is not None
+        (text_before, image_before), self._given = self._given, None
+        text, image = None if text is None or text_before is None else text - text_before, image - image_before
         if self.on_cpu:
             text, image = None if text is None else text.cpu(), image.cpu()
         self.residual = text, image
@@ -29,6 +38,9 @@ class Memory:
         assert self.residual is not None
         text, image = self.residual
         return None if text is None else text.to(device), image.to(device)
+
+    def forget(self) -> None:
+        self.residual = self._given = None
 
     @property
     def bytes(self) -> int:
@@ -85,7 +97,8 @@ class ComputedBlock(_StandIn):
 
     `stream` scales the running text in front of the block, `local` what this block alone sees of it; both
     `(batch or 1, tokens or 1, 1)`. `attention` stands in for the block's attribute of the name `attends`. `memory`
-    takes the residual, which is counted from the text that the block saw.
+    takes the residual of the block, which is counted from the text that it saw, or, of a run, what its first block
+    `begins` with and its last one `ends` with.
     """
 
     def __init__(
@@ -97,9 +110,13 @@ class ComputedBlock(_StandIn):
         local: torch.Tensor | None,
         attends: str,
         attention: ScaledAttention | None,
+        begins: bool = True,
+        ends: bool = True,
     ) -> None:
         super().__init__(block, layout)
         self.memory = memory
+        self.begins = begins
+        self.ends = ends
         self.stream = stream
         self.local = local
         self.attends = attends
@@ -114,6 +131,8 @@ class ComputedBlock(_StandIn):
         if text is not None:
             text = text if self.stream is None else scale_rows(text, self.stream)
             seen = text if self.local is None else scale_rows(text, self.local)
+        if self.memory is not None and self.begins:
+            self.memory.begin(seen if self.ends else text, image)
         if seen is None or (self.stream is None and self.local is None):
             returned = self.compute(seen, *args, **kwargs)
         else:
@@ -121,12 +140,16 @@ class ComputedBlock(_StandIn):
         if self.memory is None and self.local is None:
             return returned
         text_out, image_out = layout.outputs(returned)
-        if self.memory is not None:
-            self.memory.keep(None if text_out is None or seen is None else text_out - seen, image_out - image)
-        if self.local is None or text_out is None or text is None or seen is None:
-            return returned
-        unscaled = self.local.to(text.device) == 1
-        return layout.returned(torch.where(unscaled, text_out, text + (text_out - seen)), image_out)
+        alone = self.begins and self.ends
+        if self.memory is not None and alone:
+            self.memory.keep(text_out, image_out)
+        if self.local is not None and text_out is not None and text is not None and seen is not None:
+            unscaled = self.local.to(text.device) == 1
+            text_out = torch.where(unscaled, text_out, text + (text_out - seen))
+            returned = layout.returned(text_out, image_out)
+        if self.memory is not None and self.ends and not alone:
+            self.memory.keep(text_out, image_out)
+        return returned
 
     def stands_in_for(self, block: nn.Module) -> bool:
         return self.block is block and all(a.attention is getattr(block, self.attends) for a in self.attention)

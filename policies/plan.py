@@ -1,7 +1,7 @@
 """A policy laid out over a run: what each block does at each step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Self, TypeAlias
 
@@ -18,6 +18,9 @@ class BlockStep:
     keeps: bool = False  # computes a residual that a later step reuses
     releases: bool = False  # is the last step to reuse its residual
     scales: tuple[tuple[Branch, ScaleText], ...] = ()  # that act at this step, in an order of their own
+    # The first and last of neighbours that keep, and later reuse, one residual together: what the last returned minus
+    # what the first was given. None: the block keeps its own.
+    run: tuple[int, int] | None = None
 
     @property
     def attends_scaled(self) -> bool:
@@ -68,12 +71,20 @@ class Plan:
         made = {key: _block_steps(of_block, num_steps, start) for key, of_block in alike.items()}
         columns = [made[tuple(map(id, of_block))] for of_block in rules]
         empty: tuple[BlockStep, ...] = ()
-        return cls(num_steps, start, (empty,) * start + tuple(zip(*columns, strict=True)))
+        return cls(num_steps, start, (empty,) * start + tuple(zip(*_in_runs(columns), strict=True)))
 
     @cached_property
     def kinds(self) -> list[list[Kind]]:
         """Steps x blocks of what each does; a block that computes with scaled text is "compute"."""
         return [[block.kind for block in step] for step in self.steps]
+
+    @cached_property
+    def work(self) -> list[list[Kind]]:
+        """`kinds`, but of a run that reuses one residual only the first block adds it, and the others do nothing."""
+        return [
+            ["skip" if b.kind == "reuse" and b.run and b.run[0] != i else b.kind for i, b in enumerate(step)]
+            for step in self.steps
+        ]
 
     @cached_property
     def keeps(self) -> bool:
@@ -96,6 +107,40 @@ class Plan:
         kinds = [block.kind for block in calls]
         scaled = sum(bool(block.scales) for block in calls)
         return Counts(kinds.count("compute"), kinds.count("skip"), kinds.count("reuse"), scaled)
+
+
+def _in_runs(columns: list[list[BlockStep]]) -> list[list[BlockStep]]:
+    """The columns, with neighbours that reuse alike from when they compute until they compute again made one run."""
+    told = [list(column) for column in columns]
+    for at in range(len(columns[0])):
+        first = 0
+        while first < len(columns):
+            span, last = _alike(columns[first], at), first
+            while span and last + 1 < len(columns) and _alike(columns[last + 1], at) == span:
+                last += 1
+            if last > first:
+                for column in told[first : last + 1]:
+                    for i in range(at, at + len(span)):
+                        if column[i].kind != "skip":
+                            column[i] = replace(column[i], run=(first, last))
+            first = last + 1
+    return told
+
+
+def _alike(column: Sequence[BlockStep], at: int) -> tuple[Kind, ...]:
+    """What a block does from a step that keeps its residual to the last that reuses it.
+
+    Empty where it keeps none, or where text is scaled in front of it on the way: its neighbour then gives it other text
+    than the residual was counted from.
+    """
+    kinds: list[Kind] = []
+    for step in column[at:] if column[at].keeps else ():
+        if any(action.operand == "input" and action.scope == "propagate" for _, action in step.scales):
+            return ()
+        kinds.append(step.kind)
+        if step.releases:
+            break
+    return tuple(kinds)
 
 
 def _block_steps(rules: Sequence[Rule], num_steps: int, start: int) -> list[BlockStep]:

@@ -95,11 +95,11 @@ def test_predicts_a_plan(pipe, table):
     assert counts.skipped == STEPS
     saved = sum(
         table.block_compute[block] - (table.block_reuse[block] if kind == "reuse" else 0)
-        for row in plan.kinds
+        for row in plan.work
         for block, kind in enumerate(row)
         if kind != "compute"
     )
-    assert table.predict(plan.kinds) == pytest.approx(table.run_seconds - saved)
+    assert table.predict(plan.work) == pytest.approx(table.run_seconds - saved)
 
 
 def test_json_round_trip(table):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
 )
 
+from .by_hand import forward_as
+
 STEPS = 6
+RESIDUAL = 2 * (16 + 16) * 32 * 4  # bytes: two rows, 16 image and 12 + 4 text tokens, 32 wide, float32
 VARIANTS = [
     pytest.param({}, id="sd3"),
     pytest.param({"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}, id="sd3.5-medium"),
@@ -199,7 +203,8 @@ def test_cache_is_freed_at_the_end_of_the_call(medium):
 
     with apply_policy(medium, policy_for(medium, Rule(blocks=[1, 2], window=(0.5, 1), action=Reuse()))):
         generate(medium, callback_on_step_end=count, max_sequence_length=5)
-    assert counts == [0, 0, 2, 2, 2, 0]  # kept at step 2, the last before the window; freed by the last step
+    # kept at step 2, the last before the window, by both blocks together; freed by the last step
+    assert counts == [0, 0, 1, 1, 1, 0]
 
 
 def test_calling_twice_at_a_step_is_refused_when_residuals_are_kept(medium):
@@ -661,5 +666,55 @@ def test_residuals_in_main_memory_are_the_same(medium):
         expected = generate(medium)
     with apply_policy(medium, policy, cache_device="cpu") as on_cpu:
         assert torch.equal(generate(medium), expected)
-    # two blocks, two rows, 16 image and 12 + 4 text tokens, 32 wide, float32
-    assert applied.report.cache_bytes == on_cpu.report.cache_bytes == 2 * 2 * (16 + 16) * 32 * 4
+    # one for both blocks
+    assert applied.report.cache_bytes == on_cpu.report.cache_bytes == RESIDUAL
+
+
+def test_only_neighbours_that_reuse_alike_keep_one_residual(medium):
+    late, early = Reuse(every=3), Reuse(every=2)
+    for rules, held in (
+        ([Rule(blocks=[0, 2], action=late)], 2),
+        ([Rule(blocks=[0, 1], action=late), Rule(blocks=[2], action=early)], 2),
+        ([Rule(blocks=[0, 1, 2], action=late), Rule(blocks=[1], action=ScaleText(operand="value", scale=2))], 1),
+        ([Rule(blocks=[0, 1, 2], action=late), Rule(blocks=[1], action=ScaleText(operand="input", scale=2))], 3),
+    ):
+        with apply_policy(medium, policy_for(medium, *rules)) as applied:
+            generate(medium)
+        assert applied.report.cache_bytes == held * RESIDUAL, rules
+
+
+def test_neighbours_keep_a_residual_each_where_a_controlnet_adds_between_them(medium):
+    """What it adds comes again at each step, so it must not be part of what is reused."""
+    model, scheduler = medium.transformer, medium.scheduler
+    calls = [
+        transformer_inputs(medium) | {"block_controlnet_hidden_states": [torch.full((2, 16, 32), added)] * 4}
+        for added in (1.0, -3.0)
+    ]
+    calls[1]["hidden_states"] = calls[1]["hidden_states"].flip(0)
+    with torch.no_grad(), ExitStack() as stack:
+        for block in model.transformer_blocks[1:3]:
+            stack.enter_context(forward_as(block, reused_at_the_second_call(block)))
+        expected = [model(**inputs).sample for inputs in calls]
+    policy = policy_for(medium, Rule(blocks=[1, 2], action=Reuse()))
+    scheduler.set_timesteps(2)
+    with torch.no_grad(), apply_policy(model, policy, scheduler=scheduler) as applied:
+        for inputs, t, wanted in zip(calls, scheduler.timesteps, expected, strict=True):
+            seen = model(**inputs).sample
+            torch.testing.assert_close(seen, wanted)
+            scheduler.step(seen, t, inputs["hidden_states"])
+        assert applied.report.table[1] == ("compute", "reuse", "reuse", "compute")
+        assert applied.report.cache_bytes == 2 * 2 * (16 + 7) * 32 * 4
+
+
+def reused_at_the_second_call(block):
+    compute, kept = block.forward, []
+
+    def forward(hidden_states, encoder_hidden_states, *args, **kwargs):
+        before = encoder_hidden_states, hidden_states
+        if not kept:
+            after = compute(hidden_states, encoder_hidden_states, *args, **kwargs)
+            kept[:] = [a - b for a, b in zip(after, before, strict=True)]
+            return after
+        return tuple(b + r for b, r in zip(before, kept, strict=True))
+
+    return forward

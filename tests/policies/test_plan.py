@@ -1,7 +1,7 @@
 """Which block does what at which step."""
 
 import pytest
-from blocktune.policies import BlockPolicy, Counts, Plan, Reuse, Rule, ScaleText, Skip
+from blocktune.policies import BlockPolicy, Counts, Plan, PolicyError, Reuse, Rule, ScaleText, Skip
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,3 +120,48 @@ def test_counts():
         num_steps=4,
     )
     assert plan.counts() == Counts(computed=2 + 2 + 4, skipped=2, reused=2, scaled=4 + 1)
+
+
+ACTIONS = [
+    Reuse(), Reuse(every=2), Skip(), ScaleText(operand="input", scale=2), ScaleText(operand="key", scale=2)
+]  # fmt: skip
+
+
+@st.composite
+def rule(draw) -> Rule:
+    start, end = sorted(draw(st.sets(st.integers(0, 8), min_size=2, max_size=2)))
+    blocks = sorted(draw(st.sets(st.integers(0, 2), min_size=1)))
+    return Rule(blocks=blocks, window=(start / 8, end / 8), action=draw(st.sampled_from(ACTIONS)))
+
+
+@given(rules=st.lists(rule(), max_size=5))
+def test_a_run_keeps_and_reuses_as_one(rules):
+    try:
+        plan = plan_of(*rules, num_steps=8)
+    except PolicyError:  # rules that contradict each other
+        return
+    held: dict[int, tuple[int, int]] = {}  # blocks that hold a residual, and with whom
+    for step, kinds, work in zip(plan.steps, plan.kinds, plan.work, strict=True):
+        for block, told in enumerate(step):
+            if told.keeps:
+                held[block] = told.run or (block, block)
+            if told.kind == "reuse":
+                assert (told.run or (block, block)) == held[block]
+        for block, (first, last) in held.items():
+            assert first <= block <= last
+            assert [held.get(b) for b in range(first, last + 1)] == [(first, last)] * (last + 1 - first)
+            assert len({(step[b].kind, step[b].keeps, step[b].releases) for b in range(first, last + 1)}) == 1
+            if first < last:
+                assert not any(a.operand == "input" for b in range(first, last + 1) for _, a in step[b].scales)
+        for block, told in enumerate(step):
+            idle = told.kind == "reuse" and held[block][0] != block
+            assert work[block] == ("skip" if idle else kinds[block])
+            if told.releases:
+                del held[block]
+    assert not held
+
+
+def test_neighbours_that_reuse_alike_are_one_run():
+    plan = plan_of(Rule(blocks=[0, 1, 2], action=Reuse(every=2)), num_steps=2)
+    assert [[b.run for b in step] for step in plan.steps] == [[(0, 2)] * 3] * 2
+    assert plan.work == [["compute"] * 3, ["reuse", "skip", "skip"]]
