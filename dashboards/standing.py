@@ -146,6 +146,7 @@ def _columns(trials: list[Trial], front: set[str], baseline: Baseline | None) ->
         "steps": [t.attributes.get("steps") for t in trials],
         "feasible": [t.feasible for t in trials],
         "anchor": ["anchor" in t.attributes for t in trials],
+        "dropped": ["dropped" in t.attributes for t in trials],
         "front": [t.complete and t.feasible and t.name in front for t in trials],
         "reason": [t.attributes.get("reason") for t in trials],
     }

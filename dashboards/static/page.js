@@ -70,7 +70,7 @@ function axis(low, high, from, to) {
 // ----------------------------------------------------------------------------------------------- scatter
 
 const view = {
-  x: "speed", y: "alignment", trials: true, confirmed: true, anchors: true, infeasible: true, front: false, speed: 0, loss: 100,
+  x: "speed", y: "alignment", trials: true, confirmed: true, anchors: true, infeasible: true, dropped: false, front: false, speed: 0, loss: 100,
 };
 
 const axes = (run) => ({
@@ -86,8 +86,10 @@ function marks(run) {
     if (t.alignment[i] === null) continue;
     const at = { speed: base.latency / t.latency[i], alignment: t.alignment[i], quality: t.quality[i] };
     const unmodified = t.name[i] === "unmodified";
-    const kind = unmodified ? "star" : t.anchor[i] ? "anchor" : t.feasible[i] ? "trial" : "infeasible";
-    const notes = [t.front[i] && "on the front", !t.feasible[i] && "infeasible: a constraint is broken"].filter(Boolean);
+    const kind = unmodified ? "star" : t.anchor[i] ? "anchor" : !t.feasible[i] ? "infeasible" : t.dropped[i] ? "dropped" : "trial";
+    const notes = [
+      t.front[i] && "on the front", kind === "infeasible" && "infeasible: a constraint is broken", kind === "dropped" && "dropped on a few pictures",
+    ].filter(Boolean);
     const told = `${times(at.speed)} speed, alignment ${signed(at.alignment)}, quality ${signed(at.quality)} points`;
     const label = `${title(t.name[i])}: ${[told, ...notes].join(", ")}`;
     found.push({ kind, slug: t.slug[i], name: t.name[i], at, front: t.front[i], label, seen: kind === "anchor" && held.has(t.slug[i]) });
@@ -109,9 +111,9 @@ function marks(run) {
 function visible(mark) {
   if (mark.kind === "star") return true;
   if (mark.at.speed < view.speed || Math.min(mark.at.alignment, mark.at.quality) < -view.loss) return false;
-  if (view.front && !mark.front && mark.kind === "trial") return false;
+  if (view.front && !mark.front && ["trial", "dropped"].includes(mark.kind)) return false;
   if (mark.anchor || mark.kind === "anchor") return view.anchors && (mark.kind !== "confirmed" || view.confirmed);
-  return view[{ trial: "trials", infeasible: "infeasible", confirmed: "confirmed" }[mark.kind]];
+  return view[mark.kind === "trial" ? "trials" : mark.kind];
 }
 
 const shape = {
@@ -154,7 +156,7 @@ function scatter(run, width, selected) {
   // the best of these two axes among what the search saw, as stairs
   let best = -Infinity;
   const stairs = [];
-  const feasible = shown.filter((m) => m.kind !== "infeasible" && m.kind !== "confirmed" && (m.kind !== "anchor" || m.front));
+  const feasible = shown.filter((m) => m.kind === "star" || m.kind === "trial" || (m.kind === "anchor" && m.front));
   for (const m of [...feasible].sort((a, b) => b.at[view.x] - a.at[view.x] || b.at[view.y] - a.at[view.y])) {
     if (m.at[view.y] <= best) continue;
     stairs.push(`${x(m.at[view.x])},${y(Math.max(best, y.low))}`, `${x(m.at[view.x])},${y(m.at[view.y])}`);
@@ -162,14 +164,14 @@ function scatter(run, width, selected) {
   }
   svg.append(el("polyline", { class: "stair", points: stairs.slice(1).join(" ") }));
 
-  const order = { infeasible: 0, trial: 1, anchor: 2, confirmed: 3, star: 4 };
+  const order = { dropped: 0, infeasible: 1, trial: 2, anchor: 3, confirmed: 4, star: 5 };
   const placed = [];
   for (const m of shown.sort((a, b) => order[a.kind] - order[b.kind] || a.front - b.front)) {
     const [px, py] = [x(m.at[view.x]), y(m.at[view.y])];
     if (m.ends?.[view.y]) svg.append(el("line", { class: "whisker", x1: px, x2: px, y1: y(m.ends[view.y][0]), y2: y(m.ends[view.y][1]) }));
     if (m.ends?.[view.x]) svg.append(el("line", { class: "whisker", y1: py, y2: py, x1: x(m.ends[view.x][0]), x2: x(m.ends[view.x][1]) }));
     const named = m.kind === "anchor" || m.anchor;
-    const node = m.kind === "star" ? shape.star(px, py) : named ? shape.diamond(px, py, m.seen ? 4.5 : 7) : shape.circle(px, py, m.kind === "confirmed" ? 6.5 : m.front ? 5 : 4);
+    const node = m.kind === "star" ? shape.star(px, py) : named ? shape.diamond(px, py, m.seen ? 4.5 : 7) : shape.circle(px, py, m.kind === "confirmed" ? 6.5 : m.front ? 5 : m.kind === "dropped" ? 3 : 4);
     const classes = ["point", m.kind, m.front && m.kind === "trial" && "front", m.anchor && "anchor", m.seen && "seen", m.slug === selected && "selected"];
     for (const [name, value] of Object.entries({
       class: classes.filter(Boolean).join(" "), role: "button", tabindex: 0, "aria-label": m.label, "data-key": `${m.kind}/${m.slug}`,
@@ -197,7 +199,7 @@ function scatter(run, width, selected) {
 function names(svg, placed, width, height) {
   const pen = document.createElement("canvas").getContext("2d");
   pen.font = "12px system-ui, sans-serif";
-  const taken = placed.map(({ px, py, m }) => [px, py, m.kind === "trial" || m.kind === "infeasible" ? 5 : 7]).map(([px, py, r]) => [px - r, py - r, px + r, py + r]);
+  const taken = placed.map(({ px, py, m }) => [px, py, ["trial", "infeasible", "dropped"].includes(m.kind) ? 5 : 7]).map(([px, py, r]) => [px - r, py - r, px + r, py + r]);
   const overlap = (a) => taken.reduce((sum, b) => sum + Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) * Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1])), 0);
   for (const { px, py, m } of placed) {
     const once = m.kind === "anchor" && (!m.seen || !view.confirmed);
@@ -240,7 +242,7 @@ function overview(run, width, selected) {
   return el("div", { class: "overview" },
     el("div", { class: "row" }, choice("Across", named, view.x, swap("x", "y")), choice("Up", named, view.y, swap("y", "x"))),
     el("div", { class: "row" }, check("trials", "trials"), check("confirmed", "confirmed"), check("anchors", "anchors"), check("infeasible", "infeasible"),
-      check("front", "front only"), number("speed", "at least", "× fast", 0.1), number("loss", "losing at most", "points", 0.5)),
+      check("dropped", "dropped early"), check("front", "front only"), number("speed", "at least", "× fast", 0.1), number("loss", "losing at most", "points", 0.5)),
     el("a", { class: "hidden-until-focus", href: "#candidates", onclick: (e) => (e.preventDefault(), document.getElementById("candidates").focus()) }, "Skip the chart"),
     svg,
     readout,
@@ -249,7 +251,8 @@ function overview(run, width, selected) {
       legend(tiny(drawn(shape.circle(8, 8, 5), "trial front")), "on the front of all three"),
       legend(tiny(drawn(shape.circle(8, 8, 6), "confirmed"), el("line", { class: "whisker", x1: 8, x2: 8, y1: 0, y2: 16 })), "confirmed on held-out prompts, with interval"),
       legend(tiny(drawn(shape.diamond(8, 8), "anchor")), "anchor"),
-      legend(tiny(drawn(shape.circle(8, 8, 4), "infeasible")), "infeasible")),
+      legend(tiny(drawn(shape.circle(8, 8, 4), "infeasible")), "infeasible"),
+      legend(tiny(drawn(shape.circle(8, 8, 3), "dropped")), "dropped on a few pictures, so a guess")),
     candidates(run, selected));
 }
 

@@ -1,5 +1,6 @@
 """The page as a person meets it, in a real Chromium; skipped where none is installed."""
 
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,23 @@ def test_filters_take_marks_away(tab: Tab, page: Page) -> None:
     tab.get_by_label("at least").fill("0")
     tab.keyboard.press("Enter")
     expect(marks).to_have_count(3)
+
+
+def test_what_the_race_dropped_is_shown_when_asked_for(tab: Tab, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with sqlite3.connect(run.path / "study.db") as database:  # Optuna itself changes no finished trial
+        database.execute("INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (3, 'dropped', 'true')")
+    database.close()
+    with served(run.path) as page:
+        tab.goto(page.url)
+        marks = tab.locator(".overview [data-key]")
+        expect(marks).to_have_count(3)
+        tab.get_by_label("dropped early").check()
+        expect(marks).to_have_count(4)
+        label = tab.locator('[data-key="dropped/trial-2"]').get_attribute("aria-label")
+        assert "dropped on a few pictures" in str(label)
+        tab.wait_for_load_state("networkidle")
+    tab.goto("about:blank")
 
 
 def test_the_axes_change(tab: Tab, page: Page) -> None:

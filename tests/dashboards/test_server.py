@@ -63,6 +63,7 @@ def test_a_search_that_ended_early_is_finished_and_a_dropped_trial_stands_nowher
     told = answer(RunFiles(run.path), "api/run")
     assert (whole["state"], told["state"]) == ("searching", "finished")
     assert (whole["trials"]["front"][2], told["trials"]["front"][2]) == (True, False)
+    assert (whole["trials"]["dropped"][2], told["trials"]["dropped"][2]) == (False, True)
     assert (whole["hypervolume"]["images"], told["hypervolume"]["images"]) == ([0, 4, 8, 12], [0, 4, 8, 10])
     assert len(answer(RunFiles(run.path), "api/candidates/trial-2")["pairs"]["seed"]) == 2
 
