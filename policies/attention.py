@@ -91,6 +91,8 @@ class ScaledAttention(nn.Module):
         self.calls = self.calls + 1
         start = total - self.text_tokens if self.text_keys == "last" else 0
         text = slice(start, start + self.text_tokens)
+        if value is key:  # what scales the one in place must not reach the other
+            value = value.clone()
         key, value = _with_scaled(key, text, self.key), _with_scaled(value, text, self.value)
         if self.logit is None:
             return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)

@@ -193,3 +193,16 @@ def test_keys_are_scaled_in_place_and_expanded_or_learning_ones_are_not(factor, 
     assert _with_scaled(key, text, factors) is key
     assert torch.equal(key, learning)
     assert torch.equal(key[:, :, text], (before[:, :, text].double() * factor).to(dtype) + 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_tensor_that_serves_as_key_and_value_is_scaled_as_two(dtype):
+    (query, both, _), (text, _) = tensors("cpu", dtype), parts(True)
+    factors = [torch.full((1, 1, 1), factor) for factor in (1.5, 2.0)]
+    seen = []
+    for value in (both.clone(), None):
+        scaled = ScaledAttention(nn.Identity(), "first", *factors, None)
+        scaled.text_tokens = text.stop
+        key = both.clone()
+        seen.append(scaled.attend(query, key, key if value is None else value))
+    assert torch.equal(*seen)
