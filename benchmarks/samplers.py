@@ -10,6 +10,7 @@ What was measured stays in the folder, so the same command goes on after an inte
 
 import argparse
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ def curve(bench: Workbench, sampler: str, seed: int, size: Size) -> list[tuple[i
     """Pictures drawn and hypervolume, after each trial of one search."""
     baseline = bench.baseline(bench.costs().run_seconds, "search", size.pictures)
     drawn, points, told = 0, [], []
-    for _, point, new in proposals(bench, sampler, size.trials, size.pictures, seed):
-        drawn += size.pictures * new
-        points = non_dominated([*points, point])
+    for proposal in islice(proposals(bench, sampler, size.pictures, seed), size.trials):
+        drawn += size.pictures * proposal.new
+        points = non_dominated([*points, proposal.point])
         told.append((drawn, hypervolume(points, baseline)))
     return told
 

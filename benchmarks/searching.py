@@ -1,52 +1,88 @@
-"""A search in one process, for benchmarks: the space, anchors and samplers of `blocktune search` on a workbench."""
+"""A search in one process, for benchmarks: space, anchors, samplers and race of `blocktune search` on a workbench."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 
+import numpy as np
 import optuna
 from blocktune.search.config import Search
 from blocktune.search.front import Point, non_dominated, spread
+from blocktune.search.racing import Race, rounds
 from blocktune.search.space import anchors, candidate, distributions, steps_of, suggest
 from blocktune.search.study import new_sampler
 
 from .workbench import Way, Workbench
 
 
-def proposals(
-    bench: Workbench, sampler: str, trials: int, pictures: int, seed: int = 0
-) -> Iterator[tuple[Way, Point, bool]]:
-    """What `sampler` proposes trial by trial, as measured on so many of the search prompts; and whether it is new.
+@dataclass(frozen=True)
+class Proposal:
+    """What a sampler proposed, as measured: by all pictures, or by the first of them where the race dropped it."""
 
-    The anchors that lie in the space come first, as in any search; latency is predicted, as in any search.
+    way: Way
+    point: Point
+    gains: np.ndarray  # (pictures seen, 2) of alignment and quality over the unmodified model, in shares of 100 points
+    new: bool  # not proposed before
+
+
+def proposals(
+    bench: Workbench, sampler: str, pictures: int, seed: int = 0, first: int | None = None
+) -> Iterator[Proposal]:
+    """Without end what `sampler` proposes, trial by trial, measured on so many of the search prompts.
+
+    With `first` candidates race as in `blocktune search`, from so many pictures on. The anchors that lie in the space
+    come first, and latency is predicted, as in any search.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = bench.config.model_copy(update={"search": Search.model_validate({"sampler": sampler})})
-    space, costs, seen = distributions(config, bench.model.num_blocks), bench.costs(), set()
+    space, costs = distributions(config, bench.model.num_blocks), bench.costs()
     study = optuna.create_study(directions=["maximize", "maximize", "minimize"], sampler=new_sampler(config, seed))
-    for params in anchors(config, bench.model.num_blocks).values():
-        if params["steps"] in steps_of(config):
-            study.enqueue_trial({name: value for name, value in params.items() if name in space})
-    for number in range(trials):
+    known = [p for p in anchors(config, bench.model.num_blocks).values() if p["steps"] in steps_of(config)]
+    for params in known:
+        study.enqueue_trial({name: value for name, value in params.items() if name in space})
+    plain = bench.baseline(costs.run_seconds, "search", pictures)
+    before = bench.matrix(Way("unmodified", "unmodified", bench.steps), "search", pictures)
+    race, seen = Race(pictures, costs.run_seconds), dict[str, Proposal]()
+    while True:
         trial = study.ask()
-        chosen = candidate(suggest(trial, space), config, bench.model, f"trial {number}")
-        way = Way("blocktune", f"trial {number}", chosen.steps, chosen.policy)
-        point = bench.point(way, costs.predict_policy(chosen.policy, chosen.steps), "search", pictures)
-        study.tell(trial, [point.alignment, point.quality, point.latency])
-        yield way, point, chosen.key not in seen
-        seen.add(chosen.key)
+        chosen = candidate(suggest(trial, space), config, bench.model, f"trial {trial.number}")
+        new = chosen.key not in seen
+        if new:
+            way = Way("blocktune", f"trial {trial.number}", chosen.steps, chosen.policy)
+            latency = costs.predict_policy(chosen.policy, chosen.steps)
+            gains = np.empty((0, 2))
+            for count in rounds(first if first and trial.number >= len(known) else pictures, pictures):
+                gains = (bench.matrix(way, "search", count) - before[:count]) / plain.scales
+                if count < pictures and not race.goes_on(gains, latency):
+                    break
+            if len(gains) == pictures:
+                race.finish(gains, latency)
+            alignment, quality = (plain.alignment, plain.quality) + gains.mean(axis=0) * plain.scales
+            point = Point(way.name, float(alignment), float(quality), latency, way.key, way.steps)
+            seen[chosen.key] = Proposal(way, point, gains, True)
+        proposal = replace(seen[chosen.key], new=new)
+        study.tell(trial, [proposal.point.alignment, proposal.point.quality, proposal.point.latency])
+        yield proposal
 
 
-def searched(bench: Workbench, trials: int, pictures: int, count: int) -> list[Way]:
-    """The members of a search's front that command most, by estimates lowered by their standard error."""
-    plain = Way("unmodified", "unmodified", bench.steps)
-    before = bench.scores(plain, "search", pictures)
+def searched(bench: Workbench, budget: int, pictures: int, first: int, count: int) -> list[Way]:
+    """The members of a raced search's front that command most, by estimates lowered by their standard error.
+
+    It ends when `budget` pictures are drawn, or when a thousand proposals bring no more.
+    """
     baseline = bench.baseline(bench.costs().run_seconds, "search", pictures)
+    scales = np.array(baseline.scales)
     ways: dict[str, Way] = {}
     points: list[Point] = []
-    for way, point, new in proposals(bench, "tpe", trials, pictures):
-        if new:
-            after = bench.scores(way, "search", pictures)
-            alignment, quality = ((after[n] - before[n]).std(ddof=1) / pictures**0.5 for n in bench.objectives)
-            points.append(replace(point, alignment=point.alignment - alignment, quality=point.quality - quality))
-            ways[way.key] = way
+    drawn = 0
+    for proposal in islice(proposals(bench, "tpe", pictures, first=first), 1000):
+        drawn += len(proposal.gains) * proposal.new
+        if proposal.new and len(proposal.gains) == pictures:
+            errors = proposal.gains.std(axis=0, ddof=1) / pictures**0.5 * scales
+            point = proposal.point
+            points.append(replace(point, alignment=point.alignment - errors[0], quality=point.quality - errors[1]))
+            ways[point.key] = proposal.way
+        if drawn >= budget:
+            break
+    bench.say(f"searched {drawn} pictures: {len(points)} candidates with all {pictures}")
     return [ways[p.key] for p in spread(non_dominated(points), baseline, count) if p.key in ways]

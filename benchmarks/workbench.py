@@ -91,19 +91,30 @@ class Workbench:
             with np.load(path) as stored:
                 self._known[name] = dict(stored)
         if name not in self._known:
-            images = self.pictures(way, split, len(prompts))
-            texts = [p.text for p in prompts]
-            self._known[name] = {name: get(name).score(images, texts) for name in self.scored}
+            begun = max((n for n in range(1, len(prompts)) if f"{split}-{n}-{way.key}" in self._known), default=0)
+            images = self.pictures(way, split, len(prompts), begun)
+            texts = [p.text for p in prompts[begun:]]
+            found = {score: get(score).score(images, texts) for score in self.scored}
+            if begun:
+                before = self._known[f"{split}-{begun}-{way.key}"]
+                found = {score: np.concatenate([before[score], values]) for score, values in found.items()}
+            self._known[name] = found
             beside = path.with_suffix(f".{os.getpid()}.npz")  # another process may be at the same
             np.savez(beside, allow_pickle=False, **self._known[name])
             beside.replace(path)
         return self._known[name]
 
-    def pictures(self, way: Way, split: str, count: int) -> np.ndarray:
-        """uint8 `(count, height, width, 3)`."""
+    def matrix(self, way: Way, split: str, count: int) -> np.ndarray:
+        """Alignment and quality per picture, `(count, 2)`."""
+        scores = self.scores(way, split, count)
+        return np.stack([scores[name] for name in self.objectives], axis=1)
+
+    def pictures(self, way: Way, split: str, count: int, start: int = 0) -> np.ndarray:
+        """uint8 `(count - start, height, width, 3)`."""
+        part = slice(start, count)
         with way.cache(self.pipe) if way.cache else nullcontext():
             return generate(
-                self.pipe, self.prompts[split][:count], some(self.rows[split], slice(count)), self.config.generation,
+                self.pipe, self.prompts[split][part], some(self.rows[split], part), self.config.generation,
                 way.steps, way.policy, None if way.cache else self._prefixes[split],
             )  # fmt: skip
 
