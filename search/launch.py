@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import mlflow
+import optuna
 import psutil
+import ray
 
 from .config import Config
 from .confirm import confirm
@@ -138,7 +141,8 @@ def _circumstances(pool: Pool) -> dict[str, Any]:
         "nodes": len(set(pool.nodes)),
         "driver": f"{platform.platform()}, {os.cpu_count()} CPUs, {psutil.virtual_memory().total / 2**30:.0f} GiB",
         **described.versions,
-        **{name: version(name) for name in ("blocktune", "optuna", "ray", "mlflow")},
+        "blocktune": version("blocktune"),
+        **{module.__name__: module.__version__ for module in (optuna, ray, mlflow)},  # mlflow-skinny is mlflow, too
     }
 
 
