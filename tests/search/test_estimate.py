@@ -95,7 +95,7 @@ def test_the_spread_is_measured_as_soon_as_it_can_be(tmp_path: Path) -> None:
     _stored(run, config, unmodified=before)
     worst, _ = detectable(config, run, 12)
     assert worst.basis.startswith("at worst")
-    level = 1 - 0.05 / (4 + config.confirm.candidates)  # fewer steps, two of late reuse, all text up
+    level = 1 - 0.05 / (5 + config.confirm.candidates)  # two of fewer steps, two of late reuse, all text up
     expected = minimum_detectable_difference(worst.pictures, before.std(ddof=1) * 2**0.5, level)
     assert worst.points == pytest.approx(100 * expected)
     noise = 0.1 * rng.standard_normal(len(before))
@@ -114,5 +114,5 @@ def test_as_many_pictures_as_told_suffice(pictures: int, margin: float) -> None:
     if len(words) == 1:
         assert told.points <= told.margin
     else:
-        level = 1 - 0.05 / (4 + config.confirm.candidates)
+        level = 1 - 0.05 / (5 + config.confirm.candidates)
         assert 100 * minimum_detectable_difference(int(words[1]), 0.15, level) <= told.margin * 1.001
