@@ -218,7 +218,8 @@ class Applied:
         left_out = kwargs.get(row.perturbed_by) if row.perturbed_by else None
         lane, step = self._enter(left_out is not None)
         # what a ControlNet adds between blocks would be added again with the residual of a run
-        apart = left_out is not None or any("control" in name for name in self._given(args, kwargs))
+        added = (self._argument(args, kwargs, name) for name in self._parameters if "control" in name)
+        apart = left_out is not None or any(value is not None for value in added)
         rows = None
         if any(action.touched for action in step):
             if row.filled_by and self._argument(args, kwargs, row.filled_by) is not None:
@@ -231,8 +232,8 @@ class Applied:
                 continue
             if action.keeps:
                 lane.runs[index] = (index, index) if apart or action.run is None else self._within(index, action.run)
-            run = lane.runs.get(index) if action.keeps or action.kind == "reuse" else None
-            run = run or (index, index)
+            remembers = action.keeps or action.kind == "reuse"
+            run = lane.runs.get(index, (index, index)) if remembers else (index, index)
             if action.kind == "reuse" and lane.memories[run[0]].residual is None:
                 # Left out by guidance when it would have computed: nothing is cached, so it computes.
                 action = BlockStep("compute", keeps=not action.releases, scales=action.scales)
@@ -335,11 +336,6 @@ class Applied:
                     raise PolicyError(
                         f"rules[{i}].action.tokens has {missing!r}, which stands in no prompt of this run."
                     )
-
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
-        """The names of the arguments of the transformer that are not None."""
-        named = dict(zip(self._parameters, args, strict=False)) | kwargs
-        return {name for name, value in named.items() if value is not None}
 
     def _within(self, index: int, run: tuple[int, int]) -> tuple[int, int]:
         """The part of a run that lies in the block's own list: between two lists streams are joined or split."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Literal, Self, TypeAlias
 
 from .policy import BlockPolicy, Branch, Reuse, Rule, ScaleText, Skip
@@ -113,17 +114,13 @@ def _in_runs(columns: list[list[BlockStep]]) -> list[list[BlockStep]]:
     """The columns, with neighbours that reuse alike from when they compute until they compute again made one run."""
     told = [list(column) for column in columns]
     for at in range(len(columns[0])):
-        first = 0
-        while first < len(columns):
-            span, last = _alike(columns[first], at), first
-            while span and last + 1 < len(columns) and _alike(columns[last + 1], at) == span:
-                last += 1
-            if last > first:
-                for column in told[first : last + 1]:
-                    for i in range(at, at + len(span)):
-                        if column[i].kind != "skip":
-                            column[i] = replace(column[i], run=(first, last))
-            first = last + 1
+        spans = [_alike(column, at) for column in columns]
+        for span, members in groupby(range(len(columns)), spans.__getitem__):
+            blocks = list(members)
+            for column in told[blocks[0] : blocks[-1] + 1] if len(blocks) > 1 else ():
+                for i, kind in enumerate(span, at):
+                    if kind != "skip":
+                        column[i] = replace(column[i], run=(blocks[0], blocks[-1]))
     return told
 
 

@@ -162,7 +162,7 @@ def standings(results: list[Result]) -> list[dict[str, Any]]:
     rows = []
     for method in dict.fromkeys(r.way.method for r in results[1:] if r.way.method != "random sets"):
         own = [r for r in results if r.way.method == method]
-        kept = [r.speedup for r in own if r.alignment.delta >= -0.005 * r.alignment.scale]
+        kept = [r.speedup for r in own if r.alignment.in_points[0] >= -0.5]
         louder = [r.alignment for r in own if r.speedup >= 1 - SLACK]
         rows.append(
             {
@@ -170,7 +170,7 @@ def standings(results: list[Result]) -> list[dict[str, Any]]:
                 "settings": len(own),
                 "hypervolume": hypervolume([r.point for r in own], baseline),
                 "speedup": max(kept, default=1.0),
-                "alignment": max((i.delta / i.scale * 100 for i in louder), default=0.0),
+                "alignment": max((i.in_points[0] for i in louder), default=0.0),
             }
         )
     return rows
@@ -196,10 +196,11 @@ def bars(results: list[Result], rows: list[dict[str, Any]]) -> list[str]:
     if not free:
         return [*told, "alignment at no loss of speed: MISSED, no policy is as fast as the unmodified model"]
     best = max(free, key=lambda r: r.strict.delta)
-    bar(f"{STRICT} at no loss of speed, points ({best.way.name})", best.strict.delta * 100, 4.0)
-    bar("  lower end of its interval", best.strict.low * 100, 0.0)
-    random = [r.strict.delta * 100 for r in results if r.way.method == "random sets"]
-    bar(f"  against {len(random)} random sets", best.strict.delta * 100, float(np.percentile(random, 95)))
+    gain, low, _ = best.strict.in_points
+    bar(f"{STRICT} at no loss of speed, points ({best.way.name})", gain, 4.0)
+    bar("  lower end of its interval", low, 0.0)
+    random = [r.strict.in_points[0] for r in results if r.way.method == "random sets"]
+    bar(f"  against {len(random)} random sets", gain, float(np.percentile(random, 95)))
     return told
 
 
@@ -278,7 +279,7 @@ def main() -> None:
         ],
     })  # fmt: skip
     draw(
-        [(r.way.method, r.speedup, r.alignment.delta / r.alignment.scale * 100) for r in results[1:]],
+        [(r.way.method, r.speedup, r.alignment.in_points[0]) for r in results[1:]],
         args.out / "peers.png",
     )
 
