@@ -8,11 +8,13 @@ average, beside half of the 95 % interval of one block's difference.
 
 import argparse
 import json
+import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from blocktune.search.config import Probe, load_config
 from blocktune.search.probe import EFFECTS, best_blocks, launch_probe, pictures
 
@@ -53,7 +55,9 @@ def main() -> None:
             f"{row['effect']:<16} best {row['best']}, found {row['found']}: {row['same']} the same, "
             f"{row['points_lost']:.2f} points lost; one block's interval is +-{row['half_interval']:.2f}"
         )
-    told = {"dtype": on["dtype"], "images": args.images, "drawn": drawn[0], "full": drawn[1], "effects": rows}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    told = {"device": f"{device}, {on['dtype']}", "torch": torch.__version__, "seed": config.search.seed}
+    told |= {"images": args.images, "drawn": drawn[0], "full": drawn[1], "effects": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "probing.json").write_text(json.dumps(told, indent=2) + "\n")
 
