@@ -1,9 +1,10 @@
 """What a policy costs beside what it saves: python benchmarks/overhead.py [--model NAME …] [--size full|tiny]
 
 Real architectures at real sizes with random weights: time does not depend on the values of weights. A round times the
-plain model and every variant in one order and then in the reverse, so that a drift of the device's clock falls out of
-their ratios; the median of the rounds is told with their range. Forwards follow on each other as in a denoising loop,
-the first of each visit untimed: it sets up, and compiles. Eager, and with the repeated blocks compiled.
+two variants of each ratio in the order a, b, b, a, so that a drift of the device's clock falls out of it; the median of
+the rounds is told with their range. Forwards follow on each other as in a denoising loop: a GPU's clock starts and ends
+behind a forward, with the next ones queued. The first forward of each visit is untimed: it sets up, and compiles.
+Eager, and with the repeated blocks compiled.
 
 Covered: the transformer of SD3.5-Large, FLUX.1-dev and Qwen-Image at 1024x1024 in bfloat16, guidance as their pipelines
 run it. Not covered: text encoders and the decoder, which a policy does not touch. `--size tiny` runs the same road on
@@ -23,7 +24,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import numpy as np
@@ -53,6 +54,9 @@ LIMITS = {  # at most
     "measured / predicted run": 1.03,
     "measured / predicted cache": 1.10,
 }
+
+
+Variant: TypeAlias = Callable[[], AbstractContextManager[Any]]  # what is done to the model while it is timed
 
 
 @dataclass(frozen=True)
@@ -143,23 +147,19 @@ class Bench:
         self.containers = {name: getattr(self.model, name) for name in names if hasattr(self.model, name)}
         self.numbered = [block for blocks in self.containers.values() for block in blocks]
         self.blocks = len(self.numbered)
-        # What is done to the model while it is timed, in an order in which those that are compared stand together.
-        self.variants: dict[str, Callable[[], AbstractContextManager[Any]]] = {"plain": nullcontext}
-        self.compared: dict[str, tuple[str, str]] = {}  # two variants by row
-        self.compare("empty policy", self.under(), "plain")
+        self.compared: dict[str, tuple[Variant, Variant]] = {"empty policy": (self.under(), nullcontext)}  # by row
         for part, count in (("1", 1), ("a quarter", self.blocks // 4), ("half", self.blocks // 2)):
             chosen = sorted({round((i + 0.5) * self.blocks / count - 0.5) for i in range(count)})  # spread evenly
-            self.variants[f"{part} removed"] = lambda chosen=chosen: self.without(chosen)
             skipping = self.under(Rule(blocks=chosen, action=Skip()))
-            self.compare(f"skip {part} / removed", skipping, f"{part} removed")
+            self.compared[f"skip {part} / removed"] = skipping, lambda chosen=chosen: self.without(chosen)
         for operand in ("input", "key", "value", "logit"):
             scaling = self.under(Rule(blocks=range(self.blocks), action=ScaleText(operand=operand, scale=1.3)))
-            self.compare(f"scale {operand}", scaling, "plain")
+            self.compared[f"scale {operand}"] = scaling, nullcontext
 
     def policy(self, *rules: Rule) -> BlockPolicy:
         return BlockPolicy.for_model(self.model, "bench", rules)
 
-    def under(self, *rules: Rule) -> Callable[[], AbstractContextManager[Any]]:
+    def under(self, *rules: Rule) -> Variant:
         policy = self.policy(*rules)
         return lambda: apply_policy(self.model, policy)
 
@@ -174,46 +174,46 @@ class Bench:
             for name, blocks in self.containers.items():
                 setattr(self.model, name, blocks)
 
-    def compare(self, row: str, variant: Callable[[], AbstractContextManager[Any]], with_variant: str) -> None:
-        self.variants[row] = variant
-        self.compared[row] = row, with_variant
-
     def forward(self) -> None:
         self.model(**self.inputs, return_dict=False)
 
     def timed(self, forwards: int) -> float:
-        """Seconds of a forward, of `forwards` that follow on each other."""
-        return time_runs(lambda: [self.forward() for _ in range(forwards)], 1, 0) / forwards
+        """Seconds of a forward, of `forwards` that follow on one that is not timed."""
+        self.forward()
+        if self.device.type != "cuda":
+            return time_runs(lambda: [self.forward() for _ in range(forwards)], 1, 0) / forwards
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(forwards):
+            self.forward()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / forwards
 
     def round(self) -> dict[str, float]:
-        """Each row's ratio, all timed once in one order and once in the reverse."""
-        self.forward()
-        forwards = min(4, max(1, round(VISIT / self.timed(1))))
-        seconds: defaultdict[str, list[float]] = defaultdict(list)
-
-        def visit(name: str) -> None:
-            with self.variants[name]():
-                self.forward()
-                seconds[name].append(self.timed(forwards))
-            print(f"    {name:<28} {seconds[name][-1]:.5f} s", flush=True)
-
-        order = [*self.variants, "plain"]
-        for name in order:
-            visit(name)
-        reused = self.reusing()
-        for name in reversed(order):
-            visit(name)
-        mean = {name: statistics.fmean(times) for name, times in seconds.items()}
-        ratios = {row: mean[first] / mean[second] for row, (first, second) in self.compared.items()}
-        return ratios | {"a step that reuses every block": reused / mean["plain"]}
+        """Each row's ratio, its two variants timed in turn."""
+        plain = self.timed(1)
+        forwards = min(4, max(1, round(VISIT / plain)))
+        ratios: dict[str, float] = {}
+        for row, variants in self.compared.items():
+            seconds = [0.0, 0.0]
+            for i in (0, 1, 1, 0):
+                with variants[i]():
+                    seconds[i] += self.timed(forwards) / 2
+            ratios[row] = seconds[0] / seconds[1]
+            print(f"    {row:<28} {seconds[0]:.5f} s against {seconds[1]:.5f} s", flush=True)
+        return ratios | {"a step that reuses every block": self.reusing() / self.timed(forwards)}
 
     def reusing(self) -> float:
-        """Seconds of a step that reuses every block: of the last three of five, for the first computes."""
+        """Seconds of a step that reuses every block, from its first launch on: of the last three of five.
+
+        The first computes. Nothing is queued before such a step, so the time that the CPU takes counts.
+        """
         policy, seconds = self.policy(Rule(blocks=range(self.blocks), action=Reuse())), []
         with apply_policy(self.model, policy, scheduler=self.scheduler):
             self.scheduler.set_timesteps(5, device=self.device)
             for t in self.scheduler.timesteps:
-                seconds.append(self.timed(1))
+                seconds.append(time_runs(self.forward, 1, 0))
                 latents = self.inputs["hidden_states"]
                 self.scheduler.step(latents, t, latents)
         return statistics.fmean(seconds[2:])
