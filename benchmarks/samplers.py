@@ -1,14 +1,17 @@
-"""Which sampler finds most with how many pictures: python -m benchmarks.samplers [--device cuda] [--size full|tiny]
+"""Which sampler finds most with how many pictures: python -m benchmarks.samplers [--size full|tiny] [--processes N]
 
 TPE, GP, NSGA-II and random proposals on the default space of the bundled model, each from several seeds. Every proposal
 is really drawn and scored on the search prompts; equal candidates are measured once for all. Curves are the hypervolume
 of what a search has met against the pictures that it would have had to draw by itself, with 95 % intervals of the mean
 over seeds (Student's t). Scores are of the search prompts: the luck in them helps every sampler alike.
 
-What was measured stays in the folder, so the same command goes on after an interruption.
+What was measured stays in the folder, so the same command goes on after an interruption, and `--processes` on all GPUs
+of the host share it, a search each at a time: a small model leaves most of a GPU idle.
 """
 
 import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -50,6 +53,23 @@ def curve(bench: Workbench, sampler: str, seed: int, size: Size) -> list[tuple[i
         points = non_dominated([*points, proposal.point])
         told.append((drawn, hypervolume(points, baseline)))
     return told
+
+
+def workbench(args: argparse.Namespace, size: Size) -> Workbench:
+    overrides = [f"generation.batch={size.pictures}", f"prompts.search_images={size.pictures}", *size.overrides]
+    return Workbench(load_config(args.config, overrides), args.out, args.device)
+
+
+def searched(args: argparse.Namespace, seed: int, sampler: str) -> list[tuple[int, float]]:
+    """`curve`, in a process of its own."""
+    size = SIZES[args.size]
+    return curve(workbench(args, size), sampler, seed, size)
+
+
+def _take_device(devices: Any) -> None:
+    torch.set_num_threads(1)
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(devices.get())
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -96,17 +116,28 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--config", type=Path, help="of a search: model, sampling, prompts, objectives and space")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--processes", type=int, default=1, help="that search side by side")
     args = parser.parse_args()
     size = SIZES[args.size]
-    batch, count = f"generation.batch={size.pictures}", f"prompts.search_images={size.pictures}"
-    bench = Workbench(load_config(args.config, [batch, count, *size.overrides]), args.out, args.device)
+    torch.set_num_threads(1)  # as in each process: threads of several would wait for each other
+    bench = workbench(args, size)
     bench.say(", ".join(f"{key} {value}" for key, value in bench.circumstances.items()))
-    curves: dict[str, list[list[tuple[int, float]]]] = {sampler: [] for sampler in SAMPLERS}
-    for seed in range(size.seeds):  # all samplers of one seed before the next: a run cut short compares like with like
-        for sampler in SAMPLERS:
-            curves[sampler].append(curve(bench, sampler, seed, size))
-            drawn, volume = curves[sampler][-1][-1]
+    bench.baseline(bench.costs().run_seconds, "search", size.pictures)  # before anything else runs on the device
+    # all samplers of one seed before the next, so that a run cut short compares like with like
+    searches = [(seed, sampler) for seed in range(size.seeds) for sampler in SAMPLERS]
+    found: dict[tuple[int, str], list[tuple[int, float]]] = {}
+    context = multiprocessing.get_context("spawn")
+    devices = context.Queue()
+    for i in range(args.processes):
+        devices.put(i % max(torch.cuda.device_count(), 1))
+    with ProcessPoolExecutor(args.processes, context, _take_device, (devices,)) as processes:
+        running = {processes.submit(searched, args, *search): search for search in searches}
+        for done in as_completed(running):
+            seed, sampler = running[done]
+            found[seed, sampler] = done.result()
+            drawn, volume = found[seed, sampler][-1]
             bench.say(f"seed {seed}, {sampler}: {drawn} pictures, hypervolume {volume:.3f}")
+    curves = {sampler: [found[seed, sampler] for seed in range(size.seeds)] for sampler in SAMPLERS}
     told = summary(curves, size.pictures, size.trials)
     print()
     for sampler in SAMPLERS:
