@@ -7,8 +7,8 @@ setting is then scored on held-out prompts with other seeds, and all are timed i
 seconds. A sweep's best is picked on the held-out prompts themselves, for every method alike, and so flatters all.
 
 `--run` takes the policies of a finished search in place of a search in this process. What was measured stays in the
-folder, so the same command goes on after an interruption, and so several processes can share in drawing: a small model
-leaves most of a GPU idle. Timed is in this process alone, when the others have ended.
+folder, so the same command goes on after an interruption, and so several processes can share in drawing, on all GPUs of
+the host: a small model leaves most of one idle. Timed is in this process alone, when the others have ended.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(None, 96, 96, 120, 384, 60, 8, 20, 2),
+    "full": Size(None, 384, 96, 120, 384, 60, 8, 20, 3),  # a batch that keeps the device busy, not its launching CPU
     "small": Size(None, 24, 48, 40, 96, 10, 2, 5, 1),  # half an hour of two CPU cores
     "tiny": Size(6, 4, 4, 8, 8, 4, 2, 3, 1),
 }
@@ -247,6 +247,10 @@ def main() -> None:
         f"prompts.search_images={2 * size.search_pictures}", f"prompts.confirm_images={size.confirm_pictures}",
         *([f"generation.num_inference_steps={size.steps}"] if size.steps else []),
     ]  # fmt: skip
+    if args.processes > 1:
+        torch.set_num_threads(1)  # those of several processes would wait for each other
+    if args.share and torch.cuda.is_available():
+        torch.cuda.set_device(args.share % torch.cuda.device_count())
     config = args.config or (args.run / "config.yaml" if args.run else None)
     bench = Workbench(load_config(config, overrides), args.out, args.device, [STRICT])
     if args.share is not None:
