@@ -81,9 +81,10 @@ def _model(name: str) -> Any:
     arguments = _arguments(name)
     name_of_precision = "fp32" if precision() == torch.float32 else "fp16"
     try:
-        model = open_clip.create_model(
-            **arguments, precision=name_of_precision, device=device(), require_pretrained=True
-        )
+        with device():  # open_clip fills a model by chance before it loads the weights: a GPU takes no time for that
+            model = open_clip.create_model(
+                **arguments, precision=name_of_precision, device=device(), require_pretrained=True
+            )
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, OSError, ValueError, AssertionError, UnpicklingError) as error:

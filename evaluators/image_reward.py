@@ -71,6 +71,7 @@ class ImageReward(ModelScore):
 @cache
 def _load(file: str) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     """Vision transformer, BERT, and the reward head as weight `(dim,)` and bias `()`."""
+    from accelerate import init_empty_weights
     from timm.models import VisionTransformer
     from transformers import BlipTextConfig, BlipTextModel
 
@@ -84,14 +85,15 @@ def _load(file: str) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     seen, read, head = parts.values()
     read.pop("embeddings.position_ids", None)  # a buffer of older transformers
     try:
-        vision = VisionTransformer(
-            img_size=int((seen["pos_embed"].shape[1] - 1) ** 0.5) * seen["patch_embed.proj.weight"].shape[-1],
-            patch_size=seen["patch_embed.proj.weight"].shape[-1],
-            embed_dim=seen["pos_embed"].shape[-1],
-            depth=sum(key.endswith("attn.qkv.weight") for key in seen),
-            num_heads=seen["pos_embed"].shape[-1] // _HEAD,
-            num_classes=0,
-        )
+        with init_empty_weights():
+            vision = VisionTransformer(
+                img_size=int((seen["pos_embed"].shape[1] - 1) ** 0.5) * seen["patch_embed.proj.weight"].shape[-1],
+                patch_size=seen["patch_embed.proj.weight"].shape[-1],
+                embed_dim=seen["pos_embed"].shape[-1],
+                depth=sum(key.endswith("attn.qkv.weight") for key in seen),
+                num_heads=seen["pos_embed"].shape[-1] // _HEAD,
+                num_classes=0,
+            )
         words, dim = read["embeddings.word_embeddings.weight"].shape
         config = BlipTextConfig(
             vocab_size=words,
@@ -102,9 +104,10 @@ def _load(file: str) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
             num_attention_heads=dim // _HEAD,
             max_position_embeddings=read["embeddings.position_embeddings.weight"].shape[0],
         )
-        text = BlipTextModel(config, add_pooling_layer=False)
-        vision.load_state_dict(seen)
-        text.load_state_dict(read)
+        with init_empty_weights():
+            text = BlipTextModel(config, add_pooling_layer=False)
+        vision.load_state_dict(seen, assign=True)
+        text.load_state_dict(read, assign=True)
     except (KeyError, RuntimeError) as error:
         sentence = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {where} does not fit; accepted: ImageReward.pt ({sentence})") from None

@@ -1,7 +1,8 @@
 """Random checkpoints of every kind that the scores load, written in the formats of the published ones.
 
 `tiny` ones answer in milliseconds on a CPU, and where a CLIP is asked for it is the reference world's, trained; `full`
-ones have the sizes of the published models, whose speed does not depend on the values of their weights.
+ones have the sizes of the published models, whose speed does not depend on the values of their weights. They are in
+half precision, and made on a GPU under `with torch.device("cuda")`.
 """
 
 import json
@@ -11,10 +12,12 @@ from string import ascii_lowercase
 from typing import Any, Literal
 
 import torch
+from blocktune.evaluators.compositional import prompts
 from blocktune.reference.scorers import CLIP
 from torch import nn
 
 Size = Literal["tiny", "full"]
+DTYPES: dict[Size, torch.dtype] = {"tiny": torch.float32, "full": torch.bfloat16}  # as written; loading casts them
 WORDS = ["yes", "no", "Yes", "No", "red", "blue", "circle", "square", "figure", "show", "answer"]
 CHAT = (
     "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}"
@@ -24,32 +27,35 @@ CHAT = (
 
 
 def every(folder: Path, size: Size = "tiny") -> dict[str, Callable[[], str]]:
-    """For every family, what writes a checkpoint and gives the score's name; `vqa_score` twice, by kind of model."""
+    """For every family, what writes a checkpoint and gives the score's name, the smallest models first.
+
+    `vqa_score` stands there twice, by kind of model.
+    """
     dim = 768 if size == "full" else 96
 
     def backbone() -> str:
         return clip(folder / "clip", size) if size == "full" else CLIP
 
     return {
+        "lpips": lambda: f"lpips:{lpips(folder / 'lpips')}",
+        "dinov2": lambda: f"dinov2:{dinov2(folder / 'dinov2', size)}",
+        "clip_iqa": lambda: f"clip_iqa:{resnet_clip(folder / 'resnet', size)}",
+        "vqa_score blip": lambda: f"vqa_score:{blip(folder / 'blip', size)}",
         "clip_score": lambda: f"clip_score:{backbone()}",
         "siglip_score": lambda: f"siglip_score:{clip(folder / 'siglip', size, init_logit_bias=-4.0)}",
-        "hps_v2.1": lambda: f"hps_v2.1:{hps(folder / 'hps') if size == 'full' else CLIP}",
-        "pick_score": lambda: f"pick_score:{pick_score(folder / 'pick_score', size)}",
-        "image_reward": lambda: f"image_reward:{image_reward(folder / 'image_reward', size)}",
         "aesthetic_v1": lambda: f"aesthetic_v1:{aesthetic_v1(folder / 'v1.pth', dim)} with {backbone()}",
         "aesthetic_v2": lambda: f"aesthetic_v2:{aesthetic_v2(folder / 'v2.pth', dim)} with {backbone()}",
-        "clip_iqa": lambda: f"clip_iqa:{resnet_clip(folder / 'resnet', size)}",
+        "image_reward": lambda: f"image_reward:{image_reward(folder / 'image_reward', size)}",
+        "pick_score": lambda: f"pick_score:{pick_score(folder / 'pick_score', size)}",
+        "hps_v2.1": lambda: f"hps_v2.1:{hps(folder / 'hps') if size == 'full' else CLIP}",
         "vqa_score": lambda: f"vqa_score:{qwen(folder / 'qwen', size)}",
-        "vqa_score blip": lambda: f"vqa_score:{blip(folder / 'blip', size)}",
         "vqa_attributes": lambda: (
             f"vqa_attributes:{qwen(folder / 'qwen', size)} with {questions(folder / 'questions.jsonl')}"
         ),
-        "lpips": lambda: f"lpips:{lpips(folder / 'lpips')}",
-        "dinov2": lambda: f"dinov2:{dinov2(folder / 'dinov2', size)}",
     }
 
 
-def write_clip(folder: Path, vision: dict[str, Any], text: dict[str, Any], dim: int, **model: Any) -> str:
+def write_clip(folder: Path, size: Size, vision: dict[str, Any], text: dict[str, Any], dim: int, **model: Any) -> str:
     """A folder as open_clip's hub repositories have it: `local-dir:FOLDER`; one that is there is taken as it is."""
     from open_clip import CLIP
 
@@ -59,7 +65,7 @@ def write_clip(folder: Path, vision: dict[str, Any], text: dict[str, Any], dim: 
     torch.manual_seed(0)
     config = {"embed_dim": dim, "vision_cfg": vision, "text_cfg": text, **model}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    torch.save(CLIP(**config).state_dict(), folder / "open_clip_pytorch_model.bin")
+    torch.save(CLIP(**config).to(DTYPES[size]).state_dict(), folder / "open_clip_pytorch_model.bin")
     return f"local-dir:{folder}"
 
 
@@ -67,28 +73,27 @@ def clip(folder: Path, size: Size = "tiny", **model: Any) -> str:
     """A vision transformer; `quick_gelu` and `init_logit_bias` are the model's."""
     if size == "full":  # ViT-L-14
         vision, text = {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14}, {"width": 768, "heads": 12}
-        return write_clip(
-            folder, vision, {**text, "layers": 12, "vocab_size": 49408, "context_length": 77}, 768, **model
-        )
+        text |= {"layers": 12, "vocab_size": 49408, "context_length": 77}
+        return write_clip(folder, size, vision, text, 768, **model)
     vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-    return write_clip(folder, vision, text, 16, **model)
+    return write_clip(folder, size, vision, text, 16, **model)
 
 
 def hps(folder: Path) -> str:
     """ViT-H-14."""
     vision = {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14}
     text = {"width": 1024, "heads": 16, "layers": 24, "vocab_size": 49408, "context_length": 77}
-    return write_clip(folder, vision, text, 1024)
+    return write_clip(folder, "full", vision, text, 1024)
 
 
 def resnet_clip(folder: Path, size: Size = "tiny") -> str:
     text = {"context_length": 77, "vocab_size": 49408, "layers": 2 if size == "tiny" else 12}
     if size == "full":  # RN50
         vision = {"image_size": 224, "layers": [3, 4, 6, 3], "width": 64}
-        return write_clip(folder, vision, {**text, "width": 512, "heads": 8}, 1024, quick_gelu=True)
+        return write_clip(folder, size, vision, {**text, "width": 512, "heads": 8}, 1024, quick_gelu=True)
     vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}
-    return write_clip(folder, vision, {**text, "width": 16, "heads": 2}, 16, quick_gelu=True)
+    return write_clip(folder, size, vision, {**text, "width": 16, "heads": 2}, 16, quick_gelu=True)
 
 
 def aesthetic_v1(file: Path, dim: int = 96) -> str:
@@ -146,7 +151,7 @@ def pick_score(folder: Path, size: Size = "tiny") -> str:
         vision, pixels, dim = {**vision, "patch_size": 8, "image_size": 32}, 32, 16
     text |= {"eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 1}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim)
-    CLIPModel(config).save_pretrained(folder)
+    CLIPModel(config).to(DTYPES[size]).save_pretrained(folder)
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels}
     )
@@ -160,7 +165,7 @@ def dinov2(folder: Path, size: Size = "tiny") -> str:
     torch.manual_seed(5)
     tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
     config = Dinov2Config(**({} if size == "full" else tiny))  # the defaults are those of dinov2-base, but for its grid
-    Dinov2Model(config).save_pretrained(folder)
+    Dinov2Model(config).to(DTYPES[size]).save_pretrained(folder)
     resized, cropped = (256, 224) if size == "full" else (36, 32)
     BitImageProcessorPil(
         size={"shortest_edge": resized}, crop_size={"height": cropped, "width": cropped}
@@ -191,19 +196,26 @@ def image_reward(folder: Path, size: Size = "tiny") -> str:
         for parameter in text.encoder.parameters():  # the default is too small for a picture to be heard
             parameter.mul_(5)
     modules = {"blip.visual_encoder": vision, "blip.text_encoder": text, "mlp.layers": aesthetic_mlp(dim)}
-    state = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    state = {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in module.to(DTYPES[size]).state_dict().items()
+    }
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
     state["blip.vision_proj.weight"] = torch.zeros(256, wide)  # not used
     torch.save(state, folder / "ImageReward.pt")
-    _bert_tokenizer().save_pretrained(folder / "bert")
+    _bert_tokenizer(size).save_pretrained(folder / "bert")
     return f"{folder / 'ImageReward.pt'} with {folder / 'bert'}"
 
 
-def _bert_tokenizer():
+def _bert_tokenizer(size: Size = "tiny"):
+    """Words of `full` are those of the shipped prompts: questions on them are as long as in BERT's own tokens."""
     from transformers import BertTokenizer
 
+    words = {word for prompt in prompts("search") for word in prompt.text.split()} if size == "full" else set()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", '"', ".", ",", *WORDS, *ascii_lowercase]
     vocabulary += [f"##{letter}" for letter in ascii_lowercase]
+    vocabulary += sorted(words - {*vocabulary})
     return BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
 
 
@@ -211,7 +223,7 @@ def blip(folder: Path, size: Size = "tiny") -> str:
     from transformers import BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil, BlipProcessor
 
     torch.manual_seed(6)
-    tokenizer = _bert_tokenizer()
+    tokenizer = _bert_tokenizer(size)
     # BLIP adds [DEC], with which an answer begins, and [ENC], with which a question does
     words = {"vocab_size": len(tokenizer) + 2, "bos_token_id": len(tokenizer)} if size == "tiny" else {}
     text = words | {"sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
@@ -222,7 +234,8 @@ def blip(folder: Path, size: Size = "tiny") -> str:
         wide = {"initializer_range": 0.2}  # pictures are heard, which the default of 1e-10 of theirs keeps silent
         text |= wide
         pixels, vision = 32, shape | wide | {"image_size": 32, "patch_size": 8}
-    BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    model = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).to(DTYPES[size])
+    model.save_pretrained(folder)
     BlipProcessor(BlipImageProcessorPil(size={"height": pixels, "width": pixels}), tokenizer).save_pretrained(folder)
     return str(folder)
 
@@ -271,8 +284,7 @@ def qwen(folder: Path, size: Size = "tiny") -> str:
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
     )
-    dtype = torch.bfloat16 if size == "full" else torch.float32
-    Qwen2_5_VLForConditionalGeneration(config).to(dtype).save_pretrained(folder)
+    Qwen2_5_VLForConditionalGeneration(config).to(DTYPES[size]).save_pretrained(folder)
     Qwen2_5_VLProcessor(
         Qwen2VLImageProcessorPil(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT
     ).save_pretrained(folder)

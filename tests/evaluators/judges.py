@@ -1,7 +1,7 @@
 """The benchmarks' judges on detectors, CLIP and BLIP of a few thousand random weights, in the formats of the real ones.
 
-Written once per process to a temporary folder. Random detectors see everything everywhere and nothing surely: what the
-rules do with detections is tested on detections written by hand.
+Written once per process to a temporary folder. Random detectors see everything everywhere: what the rules do with
+detections is tested on detections written by hand.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from blocktune.evaluators.t2i_evaluators import (
     Spatial3d,
 )
 
-from . import checkpoints
+from . import checkpoints, detectors
 
 CLASSES = ("circle", "square", "cross", "ring", "diamond", "triangle", "motorbike", "keyboard")
 
@@ -40,42 +40,7 @@ def folder() -> Path:
 
 @cache
 def mask2former() -> Path:
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        Mask2FormerImageProcessor,
-        SwinConfig,
-    )
-
-    torch.manual_seed(0)
-    backbone = SwinConfig(
-        image_size=64,
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    config = Mask2FormerConfig(
-        backbone_config=backbone,
-        num_queries=12,
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=16,
-        encoder_layers=1,
-        decoder_layers=2,
-        dim_feedforward=16,
-        num_attention_heads=2,
-        id2label=dict(enumerate(CLASSES)),
-        label2id={label: i for i, label in enumerate(CLASSES)},
-    )
-    model = Mask2FormerForUniversalSegmentation(config)
-    with torch.no_grad():
-        model.class_predictor.weight.mul_(40)  # so that some classes are surer than others
-    model.save_pretrained(folder() / "mask2former")
-    Mask2FormerImageProcessor().save_pretrained(folder() / "mask2former")
-    return folder() / "mask2former"
+    return Path(detectors.mask2former(folder() / "mask2former", labels=CLASSES))
 
 
 @cache
