@@ -150,7 +150,10 @@ class Workbench:
             batch = self.config.generation.batch
             prompts, rows = self.prompts["search"][:batch], some(self.rows["search"], slice(batch))
             table = measure_cost_table(
-                self.pipe, lambda: generate(self.pipe, prompts, rows, self.config.generation, self.steps), repeats=3
+                self.pipe,
+                lambda: generate(self.pipe, prompts, rows, self.config.generation, self.steps),
+                repeats=3,
+                operands=self.config.space.operands,
             )
             path.write_text(table.model_dump_json(indent=2) + "\n")
         return CostTable.model_validate_json(path.read_text())

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 
+from .checkpoints import device
 from .evaluator import Images, check_lengths, image_array
 
 PSNR_LIMIT = 100.0  # dB; equal pictures have an infinite ratio, and means must stay finite
@@ -68,25 +70,29 @@ class Ssim(_Fidelity):
     def similarity(self, image: np.ndarray, reference: np.ndarray) -> float:
         if min(image.shape[:2]) < _WINDOW:
             raise ValueError(f"image has size {image.shape[:2]}; ssim accepts pictures of {_WINDOW} pixels or more")
-        mean_x, mean_y = _smooth(image), _smooth(reference)  # (h - 10, w - 10, 3)
+        x, y = (torch.from_numpy(pixels).to(device()) for pixels in (image, reference))
+        mean_x, mean_y = _smooth(x), _smooth(y)  # (h - 10, w - 10, 3)
         squares = mean_x**2 + mean_y**2
         product = mean_x * mean_y
-        variances = _smooth(image**2 + reference**2) - squares
-        covariance = _smooth(image * reference) - product
+        variances = _smooth(x**2 + y**2) - squares
+        covariance = _smooth(x * y) - product
         ssim = (2 * product + _C1) * (2 * covariance + _C2) / ((squares + _C1) * (variances + _C2))
         return float(ssim.mean())
 
 
-def _smooth(pixels: np.ndarray) -> np.ndarray:
-    """Means under the Gaussian window, rows then columns: `(h, w, 3)` to `(h - 10, w - 10, 3)`."""
+def _smooth(pixels: torch.Tensor) -> torch.Tensor:
+    """Means under the Gaussian window, rows then columns: `(h, w, 3)` to `(h - 10, w - 10, 3)`.
+
+    By sums, as torch's convolution of so few channels takes five times as long on a CPU.
+    """
     offsets = np.arange(_WINDOW) - _WINDOW // 2
     weights = np.exp(-(offsets**2) / (2 * _SIGMA**2))
     weights /= weights.sum()
     height, width = pixels.shape[0] - _WINDOW + 1, pixels.shape[1] - _WINDOW + 1
-    rows = np.zeros((height, *pixels.shape[1:]))
-    for i, weight in enumerate(weights):
-        rows += weight * pixels[i : i + height]
-    means = np.zeros((height, width, pixels.shape[2]))
-    for i, weight in enumerate(weights):
-        means += weight * rows[:, i : i + width]
+    rows = pixels.new_zeros((height, *pixels.shape[1:]))
+    for i, weight in enumerate(weights.tolist()):
+        rows.add_(pixels[i : i + height], alpha=weight)
+    means = pixels.new_zeros((height, width, pixels.shape[2]))
+    for i, weight in enumerate(weights.tolist()):
+        means.add_(rows[:, i : i + width], alpha=weight)
     return means

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model_validator
 
-from ..policies import BlockPolicy, Plan
+from ..policies import BlockPolicy, Plan, Rule, ScaleText, apply_policy
 from ..policies.architectures import ARCHITECTURES, block_slots, resolve
-from ..policies.policy import Branch
+from ..policies.policy import Branch, Operand
 from .evaluator import as_array
 
 _ADDITIONS = 20  # residual additions timed together
@@ -29,13 +29,15 @@ _ADDITIONS = 20  # residual additions timed together
 class CostTable(BaseModel):
     """What each part of a run costs, in seconds, for one batch on one device. Medians of `repeats` runs.
 
-    A prediction holds for this batch, size, device, dtype and number of threads only. Text scaling costs nothing here.
+    A prediction holds for this batch, size, device, dtype and number of threads only. Scaling `input` is free here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     block_compute: tuple[NonNegativeFloat, ...]  # one forward of each block
     block_reuse: tuple[NonNegativeFloat, ...]  # adding each block's stored residuals
+    # by operand, what scaling text in a block's attention adds to its forward; nothing where it was not measured
+    block_scaled: dict[str, tuple[NonNegativeFloat, ...]] = {}
     block_skip: NonNegativeFloat = 0.0  # a call of a thin wrapper, microseconds: not measured
     step_overhead: NonNegativeFloat  # per step beside the blocks: embeddings, guidance, scheduler
     run_overhead: NonNegativeFloat  # per run beside the denoising loop: text encoders, decoder
@@ -56,6 +58,10 @@ class CostTable(BaseModel):
         if len(self.block_compute) != len(self.block_reuse):
             counts = f"{len(self.block_compute)} and {len(self.block_reuse)}"
             raise ValueError(f"block_compute and block_reuse have {counts} entries; accepted: one per block in both")
+        for operand, costs in self.block_scaled.items():
+            if len(costs) != len(self.block_compute):
+                accepted = f"{len(self.block_compute)}, one per block"
+                raise ValueError(f"block_scaled.{operand} has {len(costs)} entries; accepted: {accepted}")
         return self
 
     def predict_policy(self, policy: BlockPolicy, num_steps: int) -> float:
@@ -63,8 +69,16 @@ class CostTable(BaseModel):
         branches: tuple[Branch, ...] = ("both",)
         if ARCHITECTURES[policy.model.transformer].guidance == "calls":
             branches = ("cond", "uncond") if self.calls_per_step == 2 else ("cond",)
-        plans = (Plan.compile(policy, num_steps, branch=branch) for branch in branches)
-        return self.predict([row for plan in plans for row in plan.work])
+        plans = [Plan.compile(policy, num_steps, branch=branch) for branch in branches]
+        scaled = (
+            costs[index]
+            for plan in plans
+            for row in plan.steps
+            for index, block in enumerate(row)
+            for operand, costs in self.block_scaled.items()
+            if any(action.operand == operand for _, action in block.scales)
+        )
+        return self.predict([row for plan in plans for row in plan.work]) + sum(scaled)
 
     def predict(self, kinds: Sequence[Sequence[str]]) -> float:
         """Seconds of a run in which block `b` in call `i` does `kinds[i][b]`: "compute", "skip" or "reuse".
@@ -105,10 +119,13 @@ def time_runs(run: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> floa
     return statistics.median(seconds)
 
 
-def measure_cost_table(pipe: Any, call: Callable[[], Any], repeats: int = 5) -> CostTable:
+def measure_cost_table(
+    pipe: Any, call: Callable[[], Any], repeats: int = 5, operands: Sequence[Operand] = ()
+) -> CostTable:
     """Measure `pipe`, unmodified, by `repeats` runs of `call()` after an untimed one.
 
     `call` makes one whole generation with fixed prompts and steps and returns the pipeline's output, or its images.
+    For each of `operands`, but for `input`, which is free, one run more with text scaled in every block.
     Forward hooks time the blocks and the transformer and are gone afterwards. The device should do nothing else.
     Raises ValueError for a compiled transformer, for any device but CPU and CUDA, when a block does not run once in
     each step, and when runs differ in their number of steps.
@@ -126,6 +143,7 @@ def measure_cost_table(pipe: Any, call: Callable[[], Any], repeats: int = 5) -> 
     with torch.cuda.device(hidden.device) if cuda else nullcontext():
         runs = [_time_run(pipe.transformer, blocks, call, cuda) for _ in range(repeats)]
         reuse = _time_reuse(outputs, repeats)
+        scaled = {o: _time_scaled(pipe, blocks, call, cuda, o) for o in operands if o != "input"}
     steps = {run.steps for run in runs}
     if len(steps) != 1:
         raise ValueError(f"call ran {sorted(steps)} steps in different repeats; accepted: the same number every time")
@@ -133,6 +151,7 @@ def measure_cost_table(pipe: Any, call: Callable[[], Any], repeats: int = 5) -> 
     run_seconds = statistics.median(run.seconds for run in runs)
     loop = statistics.median(run.loop for run in runs)
     compute = [statistics.median(s for run in runs for s in run.blocks[b]) for b in range(len(blocks))]
+    scaling = {o: tuple(max(0.0, s - c) for s, c in zip(of, compute, strict=True)) for o, of in scaled.items()}
     # noise can lift the sum of medians over the median loop: the blocks then are all there is to a step
     fit = min(1.0, loop / count / sum(compute))
     compute = [seconds * fit for seconds in compute]
@@ -141,6 +160,7 @@ def measure_cost_table(pipe: Any, call: Callable[[], Any], repeats: int = 5) -> 
         calls_per_step=1 if scheduler is None else max(1, count // len(scheduler.timesteps)),
         block_compute=tuple(compute),
         block_reuse=tuple(reuse),
+        block_scaled=scaling,
         step_overhead=max(0.0, loop / count - sum(compute)),
         run_overhead=max(0.0, run_seconds - loop),
         run_seconds=run_seconds,
@@ -237,6 +257,17 @@ def _time_run(transformer: torch.nn.Module, blocks: list[torch.nn.Module], call:
         steps=steps,
         blocks=[[seconds(a, b) for a, b in zip(m[::2], m[1::2], strict=True)] for m in of_blocks],
     )
+
+
+def _time_scaled(
+    pipe: Any, blocks: list[torch.nn.Module], call: Callable[[], Any], cuda: bool, operand: Operand
+) -> list[float]:
+    """Seconds of each block's forward in a run with text scaled there, medians over its steps."""
+    louder = ScaleText(operand=operand, scale=1.1)
+    policy = BlockPolicy.for_model(pipe, f"{operand} scaled", [Rule(blocks=tuple(range(len(blocks))), action=louder)])
+    with apply_policy(pipe, policy):
+        run = _time_run(pipe.transformer, blocks, call, cuda)
+    return [statistics.median(seconds) for seconds in run.blocks]
 
 
 def _time_reuse(outputs: list[tuple[_Output, ...]], repeats: int) -> list[float]:

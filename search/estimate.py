@@ -16,7 +16,7 @@ from .prompts import read_prompts
 from .run_directory import RunDirectory
 from .space import anchors, distributions, steps_of
 
-TABLE_RUNS = 4  # of one batch: an untimed one and three repeats
+TABLE_RUNS = 4  # of one batch: an untimed one and three repeats; one more for each operand inside the attention
 # Standard deviation of a policy's differences, as a share of the evaluator's scale. Of the policies confirmed on the
 # bundled model those that held lie between 0.06 and 0.2, those that change many pictures at 0.3 to 0.5.
 TYPICAL_SPREAD = 0.15
@@ -95,7 +95,7 @@ def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) 
     blocks = len(table.block_compute) if table else config.space.bands
     compared = _compared(config, blocks)
     pictures = {
-        "cost table": TABLE_RUNS * batch,
+        "cost table": (TABLE_RUNS + sum(operand != "input" for operand in config.space.operands)) * batch,
         "baseline": counts["search"],
         "search": config.search.trials * counts["search"],
         "confirm": (1 + compared) * counts["confirm"],

@@ -189,7 +189,8 @@ class Worker:
         """Seconds of every part of a run of one batch; the device must be quiet."""
         steps = self.generation.num_inference_steps
         run = lambda: generate(self.pipe, *self._batch("search"), self.generation, steps)  # noqa: E731
-        return self._fitting(lambda: measure_cost_table(self.pipe, run, repeats=3))
+        operands = self.config.space.operands
+        return self._fitting(lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands))
 
     def time(self, candidates: list[tuple[BlockPolicy, int]], repeats: int) -> list[float]:
         """Measured seconds of one batch under each (policy, steps), taken in turn so that drift hits all alike."""

@@ -284,6 +284,34 @@ def test_guidance_by_a_call_for_each_half_costs_both(monkeypatch):
     assert table.predict_policy(policy, 4) == pytest.approx(1.0 + 4 * 0.01 + 4 * 0.2)
 
 
+def test_scaled_text_is_paid_where_its_block_computes():
+    model = {"transformer": "SD3Transformer2DModel", "num_blocks": 2, "fingerprint": "0" * 64}
+    louder = {"type": "scale_text", "operand": "value", "scale": 1.5}
+    rules = [
+        {"blocks": [0, 1], "window": [0.0, 0.5], "action": louder},
+        {"blocks": [1], "window": [0.25, 1.0], "action": {"type": "reuse"}},
+        {"blocks": [0], "window": [0.5, 1.0], "action": {"type": "scale_text", "operand": "input", "scale": 1.5}},
+    ]
+    policy = BlockPolicy.model_validate({"name": "p", "model": model, "rules": rules})
+    table = CostTable(
+        block_compute=(0.1, 0.1), block_reuse=(0.0, 0.0), block_scaled={"value": (0.01, 0.02)}, step_overhead=0.0,
+        run_overhead=1.0, run_seconds=1.8, steps=4, repeats=1, batch=1, rows=1, height=8, width=8, device="cpu",
+        dtype="float32", threads=1,
+    )  # fmt: skip
+    # block 0 computes four times, two of them louder, block 1 once, louder; what reuses does not attend
+    assert table.predict_policy(policy, 4) == pytest.approx(1.0 + 5 * 0.1 + 2 * 0.01 + 0.02)
+    with pytest.raises(ValidationError, match=r"block_scaled.value has 1 entries; accepted: 2, one per block"):
+        CostTable.model_validate({**table.model_dump(), "block_scaled": {"value": (0.1,)}})
+
+
+def test_the_cost_of_scaled_text_is_measured_in_every_block(pipe):
+    table = measure_cost_table(pipe, lambda: generate(pipe), repeats=3, operands=("input", "value"))
+    assert list(table.block_scaled) == ["value"]
+    assert len(table.block_scaled["value"]) == BLOCKS
+    assert sum(table.block_scaled["value"]) > 0  # of such small blocks a good part
+    assert not any(hasattr(block, "stands_in_for") for block in pipe.transformer.transformer_blocks)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_calls_per_step_are_counted(guidance):
     pipe = qwen_image_pipeline()
