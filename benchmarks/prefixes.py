@@ -16,11 +16,12 @@ import optuna
 import torch
 import typer
 from blocktune.policies import ModelIdentity
+from blocktune.search.candidate import Candidate
 from blocktune.search.config import Config
 from blocktune.search.generation import device_name, embed, generate, load
 from blocktune.search.prefixes import Prefixes, course
 from blocktune.search.prompts import read_prompts
-from blocktune.search.space import Candidate, candidate, distributions, suggest
+from blocktune.search.space import candidate, distributions, suggest
 
 
 def proposals(config: Config, model: ModelIdentity, count: int, seed: int) -> list[Candidate]:

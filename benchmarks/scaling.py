@@ -33,6 +33,7 @@ import psutil
 import ray
 import torch
 from blocktune.policies import BlockPolicy
+from blocktune.search.candidate import Candidate
 from blocktune.search.config import Config, load_config
 from blocktune.search.pool import Job, Pool
 from blocktune.search.progress import Display
@@ -164,7 +165,7 @@ class Host:
             blocktune.search.pool.Worker = Worker
         plain = BlockPolicy(name="unmodified", model=self.pool.description.model, rules=())
         steps = self.config.generation.num_inference_steps
-        self.pool.run([Job("measure", (plain, steps, "search", None)) for _ in range(workers)])
+        self.pool.run([Job("measure", (Candidate(plain, steps), "search", None)) for _ in range(workers)])
 
     def search(self, workers: int, kill: bool = False) -> dict[str, Any]:
         """The search on the first so many workers; what it took, and what must hold."""

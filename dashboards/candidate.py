@@ -62,6 +62,7 @@ def describe(files: RunFiles, name: str) -> dict[str, Any]:
         "name": trial.name,
         "anchor": "anchor" in trial.attributes,
         "steps": trial.attributes["steps"],
+        "guidance": trial.attributes.get("guidance_scale"),  # where it is not the model's own
         "speedup": confirmed.speedup if confirmed else speedup,
         "predicted": speedup,
         "seconds": confirmed.seconds if confirmed else trial.attributes["metrics"].get("latency"),
@@ -126,7 +127,7 @@ def _pairs(tables: tuple[dict, dict], alignment: str, quality: str) -> dict[str,
 def _code(files: RunFiles, file: str, trial: Trial, config: Config) -> str:
     """The five lines that apply the policy, with the sampling it was tuned for."""
     tuned: dict[str, Any] = {"num_inference_steps": trial.attributes["steps"]}
-    tuned["guidance_scale"] = config.generation.guidance_scale
+    tuned["guidance_scale"] = trial.attributes.get("guidance_scale", config.generation.guidance_scale)
     if files.has("policies", f"{file}.json"):
         try:
             stored = json.loads(files.path("policies", f"{file}.json").read_text("utf-8")).get("tuned_for") or {}

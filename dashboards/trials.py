@@ -10,7 +10,9 @@ from typing import Any
 
 from .files import Unreadable
 
-_ATTRIBUTES = ("anchor", "key", "steps", "reason", "same_as", "metrics", "retry_of", "worker", "dropped")
+_ATTRIBUTES = (
+    "anchor", "key", "steps", "guidance_scale", "reason", "same_as", "metrics", "retry_of", "worker", "dropped"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

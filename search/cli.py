@@ -189,27 +189,30 @@ def front(
     import csv
 
     from .config import ConfigError
-    from .front import non_dominated
+    from .front import beside_steps, guidance_column, non_dominated
     from .storage import point_of, stands
 
     if format_ not in ("table", "json", "csv"):
         raise ConfigError(f"--format is {format_!r}; accepted: table, json, csv.")
-    trials, _, _ = _trials(run)
-    complete = [t for t in trials if t.values is not None and stands(t)]
+    trials, config, _ = _trials(run)
+    points = non_dominated([point_of(t) for t in trials if t.values is not None and stands(t)])
     rows = [
         {"name": p.name, "alignment": p.alignment, "quality": p.quality, "latency": p.latency, "steps": p.steps}
-        for p in non_dominated([point_of(t) for t in complete])
+        | guidance_column(p, config)
+        for p in points
     ]
     if format_ == "json":
         typer.echo(json.dumps(rows, indent=2))
     elif format_ == "csv":
-        writer = csv.DictWriter(sys.stdout, ["name", "alignment", "quality", "latency", "steps"])
+        also = ["guidance_scale"] if config.space.guidance_scale else []
+        writer = csv.DictWriter(sys.stdout, ["name", "alignment", "quality", "latency", "steps", *also])
         writer.writeheader()
         writer.writerows(rows)
     else:
-        for row in rows:
+        for row, point in zip(rows, points, strict=True):
             scores = f"alignment {row['alignment']:.4f}  quality {row['quality']:.4f}"
-            typer.echo(f"{row['name']:<16} {scores}  {row['latency']:.3f} s  {row['steps']} steps")
+            told = f"{row['steps']} steps{beside_steps(point.guidance_scale)}"
+            typer.echo(f"{row['name']:<16} {scores}  {row['latency']:.3f} s  {told}")
 
 
 @app.command()
@@ -241,7 +244,7 @@ def _policy(source: str, mlflow_uri: str | None):
 
 
 def _prepare(policy, model: str, steps: int | None, guidance: float | None):
-    """A pipeline, the sampling of the unmodified model that `policy` is compared with, and the steps under `policy`."""
+    """A pipeline, its sampling under `policy`, and that of the unmodified model, which `policy` is compared with."""
     import torch
 
     from .config import ConfigError, Generation, parsed
@@ -255,11 +258,12 @@ def _prepare(policy, model: str, steps: int | None, guidance: float | None):
         raise ConfigError(f"tuned_for.dtype is {dtype!r}; accepted: float32, bfloat16, float16.")
     names = ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length")
     sampling = {name: tuned[name] for name in names if tuned.get(name) is not None}
-    if guidance is not None:
-        sampling["guidance_scale"] = guidance
-    under = parsed(Generation, sampling, "tuned_for")
-    unmodified = parsed(Generation, {**sampling, **evidence.get("unmodified", {})}, "evidence.unmodified")
-    return load(model, device, getattr(torch, dtype)), unmodified, steps or under.num_inference_steps
+    asked = {"num_inference_steps": steps, "guidance_scale": guidance}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    under = parsed(Generation, sampling | asked, "tuned_for")
+    unmodified = parsed(Generation, {**sampling, **evidence.get("unmodified", {}), **asked}, "evidence.unmodified")
+    under = under.model_copy(update={"batch": unmodified.batch})
+    return load(model, device, getattr(torch, dtype)), under, unmodified
 
 
 @app.command()
@@ -289,11 +293,11 @@ def generate(
     if not prompt.strip():
         raise ConfigError("--prompt is empty; accepted: a sentence.")
     loaded = _policy(policy, mlflow_uri) if policy else None
-    pipe, generation, count = _prepare(loaded, model, steps, guidance)
-    wanted, embeddings = [Prompt(prompt, "", seed)], embed(pipe, [prompt], generation)
-    image = pictures(pipe, wanted, embeddings, generation, count, loaded)
+    pipe, under, unmodified = _prepare(loaded, model, steps, guidance)
+    wanted, embeddings = [Prompt(prompt, "", seed)], embed(pipe, [prompt], under)
+    image = pictures(pipe, wanted, embeddings, under, under.num_inference_steps, loaded)
     if compare and loaded:
-        plain = pictures(pipe, wanted, embeddings, generation, steps or generation.num_inference_steps)
+        plain = pictures(pipe, wanted, embeddings, unmodified, unmodified.num_inference_steps)
         side_by_side({"unmodified": plain, loaded.name: image}, [prompt], output, tile=288)
     else:
         Image.fromarray(image[0]).save(output)
@@ -318,13 +322,13 @@ def evaluate(
     loaded = _policy(policy, mlflow_uri)
     chosen = _prompts(prompts, images)
     scorers = [get(name) for name in evaluators.split(",")]
-    pipe, generation, count = _prepare(loaded, model, None, None)
+    pipe, under, unmodified = _prepare(loaded, model, None, None)
     display = Display()
-    embeddings = embed(pipe, [p.text for p in chosen], generation)
+    embeddings = embed(pipe, [p.text for p in chosen], under)
     display.say(f"generating {len(chosen)} pictures with the unmodified model")
-    before = pictures(pipe, chosen, embeddings, generation, generation.num_inference_steps)
+    before = pictures(pipe, chosen, embeddings, unmodified, unmodified.num_inference_steps)
     display.say(f"generating {len(chosen)} pictures under {loaded.name}")
-    after = pictures(pipe, chosen, embeddings, generation, count, loaded)
+    after = pictures(pipe, chosen, embeddings, under, under.num_inference_steps, loaded)
     texts = [p.text for p in chosen]
     for scorer in scorers:
         reference = before if scorer.needs_reference else None
@@ -368,10 +372,10 @@ def verify(
 
     loaded = _policy(policy, mlflow_uri)
     chosen = _prompts(prompts, images)
-    pipe, generation, steps = _prepare(loaded, model, None, None)
+    pipe, under, unmodified = _prepare(loaded, model, None, None)
     wanted = evaluators.split(",") if evaluators is not None else None
     try:
-        result = measured(loaded, pipe, chosen, generation, steps, wanted, tolerance, Display().say)
+        result = measured(loaded, pipe, chosen, under, unmodified, wanted, tolerance, Display().say)
     except BrokenPicture as error:
         _fail(f"{loaded.name} does not hold: {error}", 1)
     typer.echo(json.dumps(result.to_dict(), indent=2) if json_ else "\n".join(result.lines))

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -14,6 +14,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 M = TypeVar("M", bound=BaseModel)
@@ -100,6 +101,11 @@ class Space(_Section):
     )
     anchor_steps: tuple[PositiveInt, ...] = Field(
         default=(12, 8), description="the unmodified model at so many steps is an anchor: what a policy has to beat"
+    )
+    guidance_scale: tuple[PositiveFloat, ...] = Field(
+        default=(),
+        description="other scales of guidance than generation.guidance_scale that a candidate may take as well; the "
+        "unmodified model at each is an anchor",
     )
 
 
@@ -239,10 +245,25 @@ class Config(_Section):
     ray: Ray = Ray()
     mlflow: Mlflow = Mlflow()
 
+    @model_validator(mode="after")
+    def _guided_alike(self) -> Self:
+        """Guidance on or off is another number of calls or rows, of which one cost table tells nothing."""
+        own = self.generation.guidance_scale
+        for scale in self.space.guidance_scale:
+            if (scale > 1) != (own > 1):
+                raise ConfigError(
+                    f"space.guidance_scale has {scale:g}; accepted: {'above' if own > 1 else 'at most'} 1, as "
+                    f"generation.guidance_scale is {own:g}: a search does not switch guidance on or off."
+                )
+        return self
+
     def searched(self) -> dict[str, Any]:
         """What makes two searches the same study: model, sampling, prompts, what is wanted and space; not budget."""
         wanted = {"model", "generation", "prompts", "objectives", "constraints", "space"}
-        return self.model_dump(mode="json", include=wanted)
+        told = self.model_dump(mode="json", include=wanted)
+        if not self.space.guidance_scale:
+            del told["space"]["guidance_scale"]  # studies of before there was the choice are the same
+        return told
 
 
 def load_config(path: Path | None, overrides: list[str]) -> Config:
@@ -281,6 +302,8 @@ def parsed(model: type[M], data: Any, where: str = "") -> M:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), ConfigError):
+            raise cause from None
         field = ".".join(filter(None, [where, *map(str, first["loc"])]))
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{field} is not a field of the config; see blocktune schema --config.") from None

@@ -4,6 +4,7 @@ import json
 
 from ..evaluators import Interval, get, paired_interval, scale_of
 from ..policies import BlockPolicy
+from .candidate import Candidate
 from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, spread
 from .pool import Job
 from .prompts import read_prompts
@@ -27,13 +28,13 @@ def confirm(study: Study) -> list[Confirmed]:
     front = non_dominated([study.cautious(t) for t in feasible(study.study)])
     chosen = [*named, *spread([p for p in front if not p.anchor], study.baseline, config.confirm.candidates)]
     policies = {p.key: BlockPolicy.model_validate(trials[p.key].user_attrs["policy"]) for p in chosen}
-    unmodified = BlockPolicy(name="unmodified", model=study.model, rules=())
-    steps = config.generation.num_inference_steps
+    candidates = {p.key: Candidate(policies[p.key], p.steps, p.guidance_scale) for p in chosen}
+    unmodified = study.unmodified.candidate
 
     study.display.say(f"confirming {len(chosen)} candidates on {len(prompts)} held-out pictures each")
     study.display.stage("confirm", len(chosen) + 1)
     if not (run.scores / "confirm-unmodified.parquet").exists():
-        (job,) = pool.run([Job("measure", (unmodified, steps, "confirm", None))])
+        (job,) = pool.run([Job("measure", (unmodified, "confirm", None))])
         run.write_images("confirm-unmodified", job.result.images)
         run.write_scores("confirm-unmodified", prompts, job.result.scores)
     study.display.advance("unmodified")
@@ -45,11 +46,10 @@ def confirm(study: Study) -> list[Confirmed]:
         study.display.advance(job.tag.name)
 
     missing = [p for p in chosen if not (run.scores / f"{held_out_name(p)}.parquet").exists()]
-    pool.run([Job("measure", (policies[p.key], p.steps, "confirm", reference), p) for p in missing], keep)
+    pool.run([Job("measure", (candidates[p.key], "confirm", reference), p) for p in missing], keep)
 
     study.display.say("timing the candidates on a quiet device")
-    timed = [(unmodified, steps)] + [(policies[p.key], p.steps) for p in chosen]
-    (job,) = pool.run([Job("time", (timed, config.confirm.repeats))])
+    (job,) = pool.run([Job("time", ([unmodified, *(candidates[p.key] for p in chosen)], config.confirm.repeats))])
     base_seconds, *seconds = job.result
 
     before = run.read_scores("confirm-unmodified")
@@ -67,7 +67,8 @@ def confirm(study: Study) -> list[Confirmed]:
             quality=interval(p, config.objectives.quality),
             reported={name: interval(p, name) for name in config.objectives.reported},
             seconds=s, speedup=base_seconds / s,
-            predicted_speedup=study.unmodified.costs.predict_policy(unmodified, steps) / p.latency,
+            predicted_speedup=study.baseline.latency / p.latency,
+            guidance_scale=p.guidance_scale,
         )
         for p, s in zip(chosen, seconds, strict=True)
     ]  # fmt: skip
@@ -81,13 +82,13 @@ def confirm(study: Study) -> list[Confirmed]:
             member.neighbours.update(worst_falls(study, trials[member.key]))
     if picked and config.confirm.transfer:
         study.display.say(f"measuring the picks at {len(config.confirm.transfer)} other settings")
-        transfers(study, picked, policies)
+        transfers(study, picked, candidates)
     for stale in run.policies.glob("*.json"):
         stale.unlink()
     # every confirmed candidate under the name of its trial, and the picks under theirs
     named_files = {c.name.replace(" ", "-"): c for c in confirmed if c.rules} | picks
     for name, member in named_files.items():
-        _file(study, name, member, policies[member.key], len(confirmed)).save(run.policies / f"{name}.json")
+        _file(study, name, member, candidates[member.key], len(confirmed)).save(run.policies / f"{name}.json")
     baseline = {"seconds": base_seconds, "hypervolume": hypervolume(study.tally.front, study.baseline)}
     record = {
         "baseline": baseline,
@@ -100,7 +101,7 @@ def confirm(study: Study) -> list[Confirmed]:
     return confirmed
 
 
-def _file(study: Study, name: str, member: Confirmed, policy: BlockPolicy, compared: int) -> BlockPolicy:
+def _file(study: Study, name: str, member: Confirmed, candidate: Candidate, compared: int) -> BlockPolicy:
     """The policy as exported: what it was tuned for, and the evidence."""
     generation, description = study.config.generation, study.pool.description
 
@@ -113,12 +114,13 @@ def _file(study: Study, name: str, member: Confirmed, policy: BlockPolicy, compa
     objectives = study.config.objectives
     measured = {objectives.alignment: told(member.alignment), objectives.quality: told(member.quality)}
     measured |= {key: told(value) for key, value in member.reported.items()}
-    return policy.model_copy(
+    own = {"num_inference_steps": generation.num_inference_steps, "guidance_scale": generation.guidance_scale}
+    return candidate.policy.model_copy(
         update={
             "name": name,
             "tuned_for": {
-                "num_inference_steps": member.steps,
-                "guidance_scale": generation.guidance_scale,
+                **own,
+                **candidate.sampling,
                 "height": description.height,
                 "width": description.width,
                 "max_sequence_length": generation.max_sequence_length,
@@ -128,7 +130,7 @@ def _file(study: Study, name: str, member: Confirmed, policy: BlockPolicy, compa
             "evidence": {
                 "confirmed": measured | {"speedup": member.speedup, "seconds_per_batch": member.seconds},
                 "compared": compared,
-                "unmodified": {"num_inference_steps": generation.num_inference_steps, "batch": generation.batch},
+                "unmodified": {field: own[field] for field in candidate.sampling} | {"batch": generation.batch},
                 "device": description.device,
                 "versions": description.versions,
                 "study": study.config.name,

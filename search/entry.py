@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import optuna
 
+from .candidate import Candidate
 from .config import Constraints
-from .space import Candidate
 from .worker import Measurement
 
 Scores = Mapping[str, np.ndarray]  # per picture (n,) by evaluator

@@ -9,7 +9,7 @@ import numpy as np
 from optuna._hypervolume import compute_hypervolume
 
 from ..evaluators import Interval
-from .config import Objectives
+from .config import Config, Objectives
 
 # how like the unmodified picture: a difference to the unmodified model says nothing of these
 _FIDELITY = ("psnr", "ssim", "lpips", "dinov2")
@@ -26,6 +26,7 @@ class Point:
     key: str = ""
     steps: int = 0
     anchor: bool = False
+    guidance_scale: float | None = None  # None is the model's own
 
     @property
     def losses(self) -> tuple[float, float, float]:
@@ -62,6 +63,7 @@ class Confirmed:
     picks: list[str] = field(default_factory=list)
     neighbours: dict[str, float] = field(default_factory=dict)  # how many, and what the worst lost of each score
     transfer: list[dict[str, Any]] = field(default_factory=list)  # settings, and the differences there in points
+    guidance_scale: float | None = None  # None is the model's own
 
     def holds(self, margin: float, quality_margin: float) -> bool:
         """Whether neither alignment nor quality loses more than its margin, by the lower ends of their intervals."""
@@ -73,7 +75,8 @@ class Confirmed:
         return {objectives.alignment: self.alignment, objectives.quality: self.quality} | self.reported
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        told = asdict(self)
+        return told if self.guidance_scale is not None else {k: v for k, v in told.items() if k != "guidance_scale"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Confirmed":
@@ -89,7 +92,24 @@ def is_fidelity(name: str) -> bool:
 
 def held_out_name(member: Point | Confirmed) -> str:
     """Under what name the held-out scores and pictures of `member` lie in the run directory."""
-    return f"confirm-{member.key[:16]}-{member.steps}"
+    return f"confirm-{short(member.key)}"
+
+
+def short(key: str) -> str:
+    """A candidate's key in names of files: the first digits of the policy's digest, and its sampling in full."""
+    digest, dash, sampling = key.partition("-")
+    return digest[:16] + dash + sampling
+
+
+def beside_steps(scale: float | None) -> str:
+    """What is told of guidance behind the number of steps: nothing where it is the model's own."""
+    return "" if scale is None else f", guidance {scale:g}"
+
+
+def guidance_column(point: Point, config: Config) -> dict[str, float]:
+    """The scale of guidance in a table, where the space has a choice of it."""
+    own, scale = config.generation.guidance_scale, point.guidance_scale
+    return {"guidance_scale": own if scale is None else scale} if config.space.guidance_scale else {}
 
 
 def extended(front: list[Point], point: Point) -> list[Point]:
@@ -137,17 +157,18 @@ def spread(front: list[Point], baseline: Baseline, count: int) -> list[Point]:
 def pick(confirmed: list[Confirmed], margin: float, quality_margin: float) -> dict[str, Confirmed]:
     """`quality`, `balanced` and `fast` among what held; a name is missing where nothing earned it.
 
-    Only policies that change something count, and none that some held anchor beats on alignment and measured speed.
+    Only policies that change something count, and none that the unmodified model, at whatever steps and guidance it was
+    confirmed, beats on alignment and measured speed.
     `quality`: the largest gain of alignment whose interval lies above zero. `fast`: the largest measured speed-up above
     one. `balanced`: the best product of speed-up and alignment, a point of alignment counting as 5 % of speed.
     """
-    anchors = [c for c in confirmed if c.anchor and not c.rules]
+    plain = [c for c in confirmed if not c.rules]
     earned = [
         c
         for c in confirmed
         if c.rules
         and c.holds(margin, quality_margin)
-        and not any(a.speedup >= c.speedup and a.alignment.delta >= c.alignment.delta for a in anchors)
+        and not any(a.speedup >= c.speedup and a.alignment.delta >= c.alignment.delta for a in plain)
     ]
     picks: dict[str, Confirmed] = {}
     better = [c for c in earned if c.alignment.low > 0]

@@ -128,7 +128,7 @@ def generate(
         }  # fmt: skip
         arguments |= some(rows, part) | _guidance(pipe, generation)
         applied = apply_policy(pipe, policy) if policy is not None and policy.rules else nullcontext()
-        run = (steps, tuple(prompts[part]))
+        run = (steps, generation.guidance_scale, tuple(prompts[part]))
         with applied, prefixes.shared(pipe, policy, run) if prefixes else nullcontext():
             pixels = pipe(**_accepted(pipe.__call__, arguments)).images
         if not torch.isfinite(pixels).all():

@@ -97,7 +97,7 @@ class Prefixes:
 
     @contextmanager
     def shared(self, pipe: Any, policy: BlockPolicy | None, pictures: Hashable) -> Iterator[None]:
-        """For one run of `pipe` under `policy`, already applied, that makes `pictures`: prompts and seeds in order."""
+        """For one run of `pipe` under `policy`, already applied, that makes `pictures`: prompts, seeds, guidance."""
         transformer, architecture = resolve(pipe)
         compiled = pipe.transformer is not unwrapped(pipe.transformer)
         if not self.size or compiled or not clock.has_steps(pipe.scheduler):

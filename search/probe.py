@@ -26,6 +26,7 @@ import pandas as pd
 from ..evaluators import get, paired_interval, scale_of
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from ..policies.policy import ModelIdentity
+from .candidate import Candidate
 from .config import Config
 from .config import Probe as ProbeConfig
 from .pool import Job, Pool
@@ -170,7 +171,7 @@ class Probe:
         if not (self.run.scores / f"{name}.parquet").exists():
             plain = BlockPolicy(name="unmodified", model=self.model, rules=())
             steps = self.config.generation.num_inference_steps
-            (job,) = self.pool.run([Job("measure", (plain, steps, split, None))])
+            (job,) = self.pool.run([Job("measure", (Candidate(plain, steps), split, None))])
             self.run.write_images(name, job.result.images)
             self.run.write_scores(name, self.prompts[split], job.result.scores)
             self.seconds_per_image = job.result.generate_seconds / len(job.result.images)
@@ -197,9 +198,9 @@ class Probe:
         jobs = []
         for part in parts:
             if not self._stored(part):
-                policy, begun = part.policy(self.model, self.config.probe.scale), self._begun(part)
+                one, begun = Candidate(part.policy(self.model, self.config.probe.scale), steps), self._begun(part)
                 start = begun.images if begun else 0
-                jobs.append(Job("measure", (policy, steps, part.split, self._reference, part.images, start), part))
+                jobs.append(Job("measure", (one, part.split, self._reference, part.images, start), part))
         self.display.stage(stage, len(jobs))
         failed = self.pool.try_all(jobs, keep)
         for job in failed:

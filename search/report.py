@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .config import Config
 from .confirm import load_confirmed
-from .front import Baseline, Confirmed, Point, held_out_name, is_fidelity
+from .front import Baseline, Confirmed, Point, beside_steps, held_out_name, is_fidelity
 from .prompts import read_prompts
 from .run_directory import RunDirectory
 
@@ -163,7 +163,8 @@ def summary(run: RunDirectory) -> str:
     rows = [("candidate", "steps", "speed-up", f"{objectives.alignment}", f"{objectives.quality}", "pick")]
     for c in sorted(confirmed, key=lambda c: c.speedup):
         told = ", ".join(c.picks) or ("held" if c.holds(record["margin"], record["quality_margin"]) else "")
-        rows.append((c.name, str(c.steps), f"{c.speedup:.2f}x", c.alignment.points, c.quality.points, told))
+        steps = f"{c.steps}{beside_steps(c.guidance_scale)}"
+        rows.append((c.name, steps, f"{c.speedup:.2f}x", c.alignment.points, c.quality.points, told))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if confirmed:
@@ -211,7 +212,7 @@ def write_report(run: RunDirectory, facts: dict[str, str]) -> None:
         cells = [c.alignment.points, c.quality.points, *(_interval_of(n, c) for n in config.objectives.reported)]
         held = "yes" if c.holds(record["margin"], record["quality_margin"]) else "no"
         lines.append(
-            f"| {c.name} | {c.steps} | {c.speedup:.2f}x ({c.predicted_speedup:.2f}x) | "
+            f"| {c.name} | {c.steps}{beside_steps(c.guidance_scale)} | {c.speedup:.2f}x ({c.predicted_speedup:.2f}x) | "
             + " | ".join(cells)
             + f" | {held} | {', '.join(c.picks)} |"
         )

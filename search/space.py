@@ -1,6 +1,5 @@
 """The search space: a dozen choices that together spell a policy, and the anchors, known points of it or near it."""
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -8,25 +7,13 @@ import optuna
 
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from ..policies.policy import ModelIdentity
+from .candidate import Candidate
 from .config import Config, Space
 
 # Doing nothing is a choice of its own: were it left to scales near 1, or one block among many, hardly any proposal
 # would leave the text and every block alone.
 QUIET = "none"  # operand
 NEVER = 1.0  # skip_from
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What a trial measures: a policy, obeyed for so many steps."""
-
-    policy: BlockPolicy
-    steps: int
-
-    @property
-    def key(self) -> str:
-        """Equal for two encodings of the same behaviour."""
-        return f"{self.policy.digest}-{self.steps}"
 
 
 def bands(space: Space, num_blocks: int) -> list[tuple[int, ...]]:
@@ -42,6 +29,11 @@ def steps_of(config: Config) -> tuple[int, ...]:
     return (most, *dict.fromkeys(steps for steps in config.space.steps if steps < most))
 
 
+def guidance_of(config: Config) -> tuple[float, ...]:
+    """The scales of guidance that a candidate may take, from the lowest on, the unmodified model's among them."""
+    return tuple(sorted({config.generation.guidance_scale, *config.space.guidance_scale}))
+
+
 def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distributions.BaseDistribution]:
     """Optuna's view of the space. Actions are categorical (ordinal ones mislead TPE), scales lie on a log axis."""
     categorical, real = optuna.distributions.CategoricalDistribution, optuna.distributions.FloatDistribution
@@ -53,6 +45,8 @@ def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distribut
     }
     if len(steps_of(config)) > 1:
         choices["steps"] = categorical(steps_of(config))
+    if len(guidance_of(config)) > 1:
+        choices["guidance_scale"] = categorical(guidance_of(config))
     for i in range(len(bands(space, num_blocks))):
         choices[f"scale_{i}"] = real(1.0, space.max_scale, log=True)
         choices[f"reuse_{i}"] = categorical((1, *space.reuse_every))
@@ -90,8 +84,10 @@ def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name
             rules.append(Rule(blocks=acting, window=(params["reuse_from"], 1.0), action=action))
     if skipped is not None:
         rules.append(Rule(blocks=(skipped,), window=(params["skip_from"], 1.0), action=Skip()))
-    steps = params.get("steps", config.generation.num_inference_steps)
-    return Candidate(BlockPolicy(name=name, model=model, rules=tuple(rules)), steps)
+    own = config.generation
+    steps, guidance = params.get("steps", own.num_inference_steps), params.get("guidance_scale", own.guidance_scale)
+    policy = BlockPolicy(name=name, model=model, rules=tuple(rules))
+    return Candidate(policy, steps, guidance if guidance != own.guidance_scale else None)
 
 
 def neighbours(params: dict[str, Any], config: Config, model: ModelIdentity) -> list[Candidate]:
@@ -120,16 +116,18 @@ def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
 
     Those of `space.anchor_steps` take a number of steps that the space may not offer; only fewer ones are of use.
     """
-    space = config.space
+    space, own = config.space, config.generation
     count = len(bands(space, num_blocks))
     plain: dict[str, Any] = {"operand": QUIET, "text_until": space.text_until[-1]}
     plain |= {"reuse_from": space.reuse_from[len(space.reuse_from) // 2]}
     plain |= {f"scale_{i}": 1.0 for i in range(count)} | {f"reuse_{i}": 1 for i in range(count)}
     if space.skip:
         plain |= {"skip": 0, "skip_from": NEVER}
-    plain |= {"steps": config.generation.num_inference_steps}
+    plain |= {"steps": own.num_inference_steps, "guidance_scale": own.guidance_scale}
     points = {"unmodified": plain}
     points |= {f"{steps} steps": plain | {"steps": steps} for steps in space.anchor_steps if steps < plain["steps"]}
+    others = [scale for scale in guidance_of(config) if scale != own.guidance_scale]
+    points |= {f"guidance {scale:g}": plain | {"guidance_scale": scale} for scale in others}
     for every in space.reuse_every[-2:]:
         points[f"late reuse {every}"] = plain | {f"reuse_{i}": every for i in range(count)}
     louder = "value" if "value" in space.operands else space.operands[0]

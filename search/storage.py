@@ -125,7 +125,8 @@ def point_of(trial: FrozenTrial) -> Point:
     alignment, quality, latency = trial.values
     name = trial.user_attrs.get("anchor") or f"trial {trial.number}"
     attrs = trial.user_attrs
-    return Point(name, alignment, quality, latency, attrs["key"], attrs["steps"], bool(attrs.get("anchor")))
+    anchor, guidance = bool(attrs.get("anchor")), attrs.get("guidance_scale")
+    return Point(name, alignment, quality, latency, attrs["key"], attrs["steps"], anchor, guidance)
 
 
 def stands(trial: FrozenTrial) -> bool:

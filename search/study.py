@@ -18,16 +18,17 @@ from optuna.trial import FrozenTrial, TrialState
 from ..evaluators import get, scale_of
 from ..policies import BlockPolicy
 from .budget import Budget
+from .candidate import Candidate
 from .config import Config, ConfigError
 from .entry import Entry
-from .front import Point
+from .front import Point, guidance_column
 from .pool import Job, Pool
 from .prior import prior, read_probe
 from .progress import Display
 from .prompts import read_prompts
 from .racing import Race, rounds
 from .run_directory import RunDirectory
-from .space import Candidate, anchors, candidate, distributions, steps_of, suggest
+from .space import anchors, candidate, distributions, steps_of, suggest
 from .storage import STUDY, Storage, feasible, point_of, study_url
 from .tally import Tally
 from .tracking import Tracker
@@ -172,8 +173,8 @@ class Study:
 
     def _draw(self, entry: Entry) -> None:
         """The pictures of the next round, on a free worker."""
-        policy, steps = entry.chosen.policy, entry.chosen.steps
-        job = Job("measure", (policy, steps, "search", self.unmodified.images, next(entry.rounds), entry.images), entry)
+        asked = entry.chosen, "search", self.unmodified.images, next(entry.rounds), entry.images
+        job = Job("measure", asked, entry)
         self.pool.submit(job)
         if entry.trial.user_attrs.get("worker") != job.worker:
             entry.trial.set_user_attr("worker", job.worker)
@@ -190,6 +191,8 @@ class Study:
         chosen = candidate(params, self.config, self.model, f"trial {trial.number}")
         trial.set_user_attr("key", chosen.key)
         trial.set_user_attr("steps", chosen.steps)
+        if chosen.guidance_scale is not None:
+            trial.set_user_attr("guidance_scale", chosen.guidance_scale)
         trial.set_user_attr("policy", chosen.policy.model_dump(mode="json", exclude_none=True))
         return trial, chosen
 
@@ -280,7 +283,8 @@ class Study:
     def front_table(self) -> list[dict[str, Any]]:
         """The front as rows for a person, fastest first."""
         return [
-            {"candidate": p.name, "steps": p.steps, "alignment": p.alignment, "quality": p.quality,
+            {"candidate": p.name, "steps": p.steps, **guidance_column(p, self.config),
+             "alignment": p.alignment, "quality": p.quality,
              "latency": p.latency, "speedup": self.baseline.latency / p.latency, "key": p.key[:16]}
             for p in self.tally.front
         ]  # fmt: skip

@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 
 from ..evaluators import CostTable, Prompt, get, scale_of
+from .candidate import Candidate
 from .config import Config
 from .front import Baseline
 from .pool import Job, Pool
 from .progress import Display
 from .run_directory import RunDirectory
-from .space import Candidate, steps_of
+from .space import steps_of
 
 
 class Unmodified:
@@ -20,6 +21,7 @@ class Unmodified:
         self, plain: Candidate, prompts: tuple[Prompt, ...], config: Config, run: RunDirectory, pool: Pool,
         display: Display,
     ):  # fmt: skip
+        self.candidate = plain
         table = run.path / "cost_table.json"
         if not table.exists():
             display.say("measuring the cost of every block")
@@ -28,7 +30,7 @@ class Unmodified:
         self.costs = CostTable.model_validate_json(table.read_text())
         if not (run.scores / "unmodified.parquet").exists():
             display.say("generating with the unmodified model")
-            (job,) = pool.run([Job("measure", (plain.policy, plain.steps, "search", None))])
+            (job,) = pool.run([Job("measure", (plain, "search", None))])
             run.write_images("unmodified", job.result.images)
             run.write_scores("unmodified", prompts, job.result.scores)
         self.images = pool.put(run.read_images("unmodified"))  # shared with all workers

@@ -15,6 +15,7 @@ from pydantic import BaseModel, FiniteFloat, PositiveFloat
 from ..evaluators import Interval, Prompt, get, names, paired_interval, scale_of, time_runs
 from ..policies import BlockPolicy, Report, apply_policy
 from .config import ConfigError, Generation, parsed
+from .front import beside_steps
 from .generation import device_name, embed, generate, some
 
 REPEATS = 3  # timed batches of each
@@ -108,6 +109,7 @@ class Verification:
     report: Report  # of the last batch
     figures: tuple[SpeedUp | Score, ...]
     unchecked: tuple[str, ...]  # evaluators of the file that were not run
+    guidance_scale: float | None = None  # None is the unmodified model's
 
     @property
     def holds(self) -> bool | None:
@@ -120,7 +122,7 @@ class Verification:
         report = self.report
         counts = f"{report.computed} computed, {report.skipped} skipped, {report.reused} reused, {report.scaled} scaled"
         lines = [
-            f"{'block calls':<16} {counts} in a batch of {self.steps} steps",
+            f"{'block calls':<16} {counts} in a batch of {self.steps} steps{beside_steps(self.guidance_scale)}",
             f"{'seconds':<16} {self.seconds:.3f} per batch of {self.batch}, unmodified {self.unmodified_seconds:.3f} "
             f"at {self.unmodified_steps} steps",
         ]
@@ -152,7 +154,7 @@ class Verification:
             }
             for figure in self.figures
         ]
-        kept = ("policy", "device", "claimed_device", "steps", "unmodified_steps", "batch", "images")
+        kept = ("policy", "device", "claimed_device", "steps", "guidance_scale", "unmodified_steps", "batch", "images")
         seconds = {"seconds": self.seconds, "unmodified_seconds": self.unmodified_seconds}
         told = {"block_calls": counts, "figures": figures, "unchecked": list(self.unchecked), "holds": self.holds}
         return {key: getattr(self, key) for key in kept} | seconds | told
@@ -162,13 +164,13 @@ def verify(
     policy: BlockPolicy,
     pipe: Any,
     prompts: Sequence[Prompt],
-    generation: Generation,
-    steps: int,
+    under: Generation,
+    unmodified: Generation,
     evaluators: Sequence[str] | None,
     tolerance: float,
     say: Callable[[str], None],
 ) -> Verification:
-    """Measures `policy` at `steps` beside the unmodified model at its own, and compares with the policy's evidence.
+    """Measures `policy` with its sampling `under` it beside the unmodified model, and compares with its evidence.
 
     `evaluators` are scored among those that the evidence names; without them the built-in ones: a file is data, and
     does not get to name code to run. Raises PolicyError for another model, ConfigError for evidence that cannot be read
@@ -181,21 +183,21 @@ def verify(
         if name not in claims:
             raise ConfigError(f"--evaluators has {name!r}; evidence.confirmed has {', '.join(claims) or 'none'}.")
     scorers = {name: get(name) for name in chosen}
-    unmodified_steps, batch = generation.num_inference_steps, generation.batch
+    steps, unmodified_steps, batch = under.num_inference_steps, unmodified.num_inference_steps, unmodified.batch
 
     texts = [prompt.text for prompt in prompts]
-    embeddings = embed(pipe, texts, generation)
+    embeddings = embed(pipe, texts, under)
     with apply_policy(pipe, policy) as applied:
         say(f"generating {len(prompts)} pictures under {policy.name}")
-        after = generate(pipe, prompts, embeddings, generation, steps)
+        after = generate(pipe, prompts, embeddings, under, steps)
     say(f"generating {len(prompts)} pictures with the unmodified model")
-    before = generate(pipe, prompts, embeddings, generation, unmodified_steps)
+    before = generate(pipe, prompts, embeddings, unmodified, unmodified_steps)
     say("timing both in turn")
     few, rows = prompts[:batch], some(embeddings, slice(batch))
     turns = [
         (
-            time_runs(lambda: generate(pipe, few, rows, generation, unmodified_steps), repeats=1, warmup=0),
-            time_runs(lambda: generate(pipe, few, rows, generation, steps, policy), repeats=1, warmup=0),
+            time_runs(lambda: generate(pipe, few, rows, unmodified, unmodified_steps), repeats=1, warmup=0),
+            time_runs(lambda: generate(pipe, few, rows, under, steps, policy), repeats=1, warmup=0),
         )
         for _ in range(REPEATS)
     ]
@@ -223,4 +225,5 @@ def verify(
         report=applied.report,
         figures=tuple(figures),
         unchecked=tuple(name for name in claims if name not in chosen),
+        guidance_scale=under.guidance_scale if under.guidance_scale != unmodified.guidance_scale else None,
     )

@@ -14,9 +14,9 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..evaluators import CostTable, Prompt, measure_cost_table, time_runs
-from ..policies import BlockPolicy
 from ..policies.policy import ModelIdentity
-from .config import Config
+from .candidate import Candidate
+from .config import Config, Generation
 from .generation import Rows, device_name, embed, generate, load, some
 from .prefixes import Prefixes
 from .prompts import read_prompts
@@ -85,11 +85,8 @@ class Worker:
             seconds[dtype] = time_runs(run, repeats=3)
         return min(seconds, key=seconds.__getitem__)
 
-    def _split(self, name: str, guidance: float | None = None) -> tuple[tuple[Prompt, ...], Rows]:
-        generation = self.config.generation
-        if guidance is not None:  # embeddings hold the negative prompts' or not
-            generation = generation.model_copy(update={"guidance_scale": guidance})
-        key = f"{name} {generation.guidance_scale > 1}"
+    def _split(self, name: str, generation: Generation) -> tuple[tuple[Prompt, ...], Rows]:
+        key = f"{name} {generation.guidance_scale > 1}"  # embeddings hold the negative prompts' or not
         if key not in self._splits:
             prompts = read_prompts(self.config, name)
             self._splits[key] = (prompts, embed(self.pipe, [p.text for p in prompts], generation))
@@ -114,19 +111,20 @@ class Worker:
 
     def measure(
         self,
-        policy: BlockPolicy,
-        steps: int,
+        chosen: Candidate,
         split: str,
         reference: np.ndarray | None,
         count: int | None = None,
         start: int = 0,
         changed: dict[str, Any] | None = None,
     ) -> Measurement:
-        """The split's pictures, or those from `start` to `count`, under `policy`, scored.
+        """The split's pictures, or those from `start` to `count`, of one candidate, scored.
 
-        `reference` are the unmodified model's pictures of the whole split; `changed` are fields of `generation`.
+        `reference` are the unmodified model's pictures of the whole split; `changed` are fields of `generation`, which
+        go before the candidate's own.
         """
-        prompts, rows = self._split(split, (changed or {}).get("guidance_scale"))
+        sampling = chosen.sampling | (changed or {})
+        prompts, rows = self._split(split, self.generation.model_copy(update=sampling))
         part = slice(start, count)
         prompts, rows = prompts[part], some(rows, part)
         if self._shared != (split, changed):  # other settings make other pictures of the same seeds
@@ -145,11 +143,13 @@ class Worker:
 
         begin = time.perf_counter()
         each = send if self._scorer else None
-        images = self._fitting(
-            lambda: generate(
-                self.pipe, prompts, rows, self.generation.model_copy(update=changed), steps, policy, prefixes, each
-            )
-        )
+
+        def draw() -> np.ndarray:
+            generation = self.generation.model_copy(update=sampling)
+            steps = generation.num_inference_steps
+            return generate(self.pipe, prompts, rows, generation, steps, chosen.policy, prefixes, each)
+
+        images = self._fitting(draw)
         made = time.perf_counter()
         saved = (prefixes.given - given) / (prefixes.steps - taken) if prefixes.steps > taken else 0.0
         if self._scorer:
@@ -181,7 +181,7 @@ class Worker:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _batch(self, split: str) -> tuple[tuple[Prompt, ...], Rows]:
-        prompts, rows = self._split(split)
+        prompts, rows = self._split(split, self.generation)
         first = slice(self.generation.batch)
         return prompts[first], some(rows, first)
 
@@ -192,15 +192,16 @@ class Worker:
         operands = self.config.space.operands
         return self._fitting(lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands))
 
-    def time(self, candidates: list[tuple[BlockPolicy, int]], repeats: int) -> list[float]:
-        """Measured seconds of one batch under each (policy, steps), taken in turn so that drift hits all alike."""
+    def time(self, candidates: list[Candidate], repeats: int) -> list[float]:
+        """Measured seconds of one batch of each, taken in turn so that drift hits all alike."""
         return self._fitting(lambda: self._time(candidates, repeats))  # all of them at one batch
 
-    def _time(self, candidates: list[tuple[BlockPolicy, int]], repeats: int) -> list[float]:
+    def _time(self, candidates: list[Candidate], repeats: int) -> list[float]:
         prompts, rows = self._batch("confirm")
         seconds: list[list[float]] = [[] for _ in candidates]
         for repeat in range(repeats):
-            for i, (policy, steps) in enumerate(candidates):
-                run = lambda p=policy, s=steps: generate(self.pipe, prompts, rows, self.generation, s, p)  # noqa: E731
+            for i, one in enumerate(candidates):
+                told = self.generation.model_copy(update=one.sampling)
+                run = lambda c=one, g=told: generate(self.pipe, prompts, rows, g, c.steps, c.policy)  # noqa: E731
                 seconds[i].append(time_runs(run, repeats=1, warmup=int(repeat == i == 0)))
         return [float(np.median(s)) for s in seconds]

@@ -304,7 +304,7 @@ function head(one, run, width) {
   return el("div", { class: "policy" },
     el("h2", { tabindex: -1 }, title(one.name), one.picks.map((pick) => el("span", { class: "badge" }, pick)), one.held && !one.picks.length && el("span", { class: "badge" }, "held")),
     el("p", { class: "lead" }, `${speed ?? "Speed unknown"}${change}; ${where}.`),
-    el("p", { class: "note" }, [`${one.steps} steps`, one.predicted && one.confirmed && `${times(one.predicted)} was predicted`, one.seconds && `${one.seconds.toFixed(3)} s a batch`].filter(Boolean).join(", ")),
+    el("p", { class: "note" }, [`${one.steps} steps`, one.guidance && `guidance ${one.guidance}`, one.predicted && one.confirmed && `${times(one.predicted)} was predicted`, one.seconds && `${one.seconds.toFixed(3)} s a batch`].filter(Boolean).join(", ")),
     one.code
       ? el("div", { class: "row" }, one.files.map((file, i) => link(`policies/${file}.json`) &&
         el("a", { class: i ? "button" : "button main", href: link(`policies/${file}.json`), download: `${file}.json` }, `Download ${file}.json`)), copy(code))

@@ -9,6 +9,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no config file": (["search", "missing.yaml"], "missing.yaml cannot be read"),
     "nothing to resume": (["search", "--resume", "--out", "nowhere"], "holds no run to resume"),
     "bad value": (["search", "--set", "search.trials=-1"], "search.trials is -1"),
+    "guidance off": (
+        ["search", "--dry-run", "--set", "space.guidance_scale=[1]"],
+        "space.guidance_scale has 1; accepted",
+    ),
     "unknown evaluator": (["search", "--set", "objectives.quality=beauty"], "evaluator is 'beauty'"),
     "evaluator not found": (["search", "--set", "objectives.quality=no_such:Thing"], "no_such"),
     "no prompts": (["search", "--set", "prompts.search=none.jsonl"], "prompts.search is 'none.jsonl'"),

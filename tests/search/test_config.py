@@ -32,6 +32,19 @@ def test_budget_and_cluster_do_not_make_another_search() -> None:
     assert load_config(None, ["space.bands=6"]).searched() != Config().searched()
 
 
+def test_a_choice_of_guidance_makes_another_search_and_none_is_as_before_there_was_one() -> None:
+    assert "guidance_scale" not in Config().searched()["space"]
+    assert load_config(None, ["space.guidance_scale=[4]"]).searched()["space"]["guidance_scale"] == [4.0]
+
+
+def test_a_search_is_guided_or_not() -> None:
+    assert load_config(None, ["space.guidance_scale=[2, 9.5]"]).space.guidance_scale == (2.0, 9.5)
+    unguided = load_config(None, ["space.guidance_scale=[0.5, 1]", "generation.guidance_scale=0"])
+    assert unguided.space.guidance_scale == (0.5, 1.0)
+    with pytest.raises(ConfigError, match=r"space.guidance_scale has 2; accepted: at most 1, as .* is 0: a search"):
+        load_config(None, ["space.guidance_scale=[0.5, 2]", "generation.guidance_scale=0"])
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -45,6 +58,12 @@ def test_budget_and_cluster_do_not_make_another_search() -> None:
         ("name=../up", "name is '../up'"),
         ("space.max_scale=1", "space.max_scale is 1"),
         ("model.dtype=float8", "model.dtype is 'float8'"),
+        ("space.guidance_scale=[3, 0]", "space.guidance_scale.1 is 0: input should be greater than 0"),
+        ("space.guidance_scale=[-2]", "space.guidance_scale.0 is -2: input should be greater than 0"),
+        (
+            "space.guidance_scale=[3, 1]",
+            "space.guidance_scale has 1; accepted: above 1, as generation.guidance_scale is 6: a search",
+        ),
     ],
 )
 def test_a_mistake_names_field_and_value(tmp_path: Path, override: str, told: str) -> None:

@@ -93,6 +93,13 @@ def test_nothing_is_picked_where_fewer_steps_are_as_good() -> None:
     assert set(pick([steps, member("faster", 1.6, 0.0)], *MARGINS)) == {"balanced", "fast"}
 
 
+def test_nothing_is_picked_that_another_guidance_does_as_well() -> None:
+    found = member("trial 9", 1.0, 0.03, rules=0)  # of no anchor: at fewer steps and another guidance, say
+    for plain in (member("guidance 8", 1.0, 0.03, rules=0, anchor=True), found):
+        assert pick([plain, member("louder", 0.99, 0.02)], *MARGINS) == {}
+        assert set(pick([plain, member("louder", 0.99, 0.05)], *MARGINS)) == {"quality"}
+
+
 def test_an_anchor_with_rules_may_itself_be_picked() -> None:
     assert pick([member("late reuse 3", 1.4, 0.0, anchor=True)], *MARGINS)["fast"].name == "late reuse 3"
 
@@ -126,3 +133,6 @@ def test_what_needs_the_unmodified_picture_is_fidelity(name: str) -> None:
 def test_confirmed_goes_through_json_unchanged() -> None:
     one = member("middle", 1.4, 0.06)
     assert Confirmed.from_dict(one.to_dict()) == one
+    assert "guidance_scale" not in one.to_dict()
+    other = replace(one, guidance_scale=4.5)
+    assert Confirmed.from_dict(other.to_dict()) == other

@@ -23,7 +23,7 @@ GENEROUS = 1.0
 def maker(request, tiny_sd3_pipeline):
     """`make(rules, prefixes)`: pixels and latents of three pictures in two batches.
 
-    Guided, in one call of the transformer (SD3) or in two (Qwen-Image).
+    Guided in one call of the transformer (SD3) or in two (Qwen-Image), or by an input of it (FLUX.1).
     """
     pipe = {"sd3": tiny_sd3_pipeline, "flux": flux_pipeline, "qwen": qwen_image_pipeline}[request.param]()
     generation = Generation(guidance_scale=4.0, batch=2, height=16, width=16, max_sequence_length=16)
@@ -32,10 +32,11 @@ def maker(request, tiny_sd3_pipeline):
     decode = pipe.vae.decode
     pipe.vae.decode = lambda z, *args, **kwargs: (latents.append(z.clone()), decode(z, *args, **kwargs))[1]
 
-    def make(rules=(), prefixes=None, steps=STEPS, prompts=PROMPTS):
+    def make(rules=(), prefixes=None, steps=STEPS, prompts=PROMPTS, guidance=4.0):
         policy = BlockPolicy.for_model(pipe, "one", list(rules)) if rules else None
         latents.clear()
-        images = generate(pipe, prompts, rows, generation, steps, policy, prefixes)
+        guided = generation.model_copy(update={"guidance_scale": guidance})
+        images = generate(pipe, prompts, rows, guided, steps, policy, prefixes)
         return images, torch.cat(latents)
 
     make.pipe = pipe
@@ -67,6 +68,17 @@ def test_a_policy_begins_where_it_first_acts(maker):
     assert check(maker, prefixes, [late(Reuse(every=3), 0.0)]) == 0
     assert check(maker, prefixes, steps=6) == 0  # another schedule
     assert check(maker, prefixes, prompts=PROMPTS[::-1]) == 0  # other pictures
+
+
+def test_another_guidance_shares_nothing(maker):
+    prefixes = Prefixes(GENEROUS)
+    skip = [late(Skip(), 0.5)]
+    for guidance in (4.0, 6.0):
+        assert check(maker, prefixes, guidance=guidance) == 0
+        assert check(maker, prefixes, skip, guidance=guidance) == 4 / 8
+    assert check(maker, prefixes, skip) == 1
+    images = [maker(skip, prefixes, guidance=guidance)[1] for guidance in (4.0, 6.0)]
+    assert not torch.equal(*images)
 
 
 def test_two_policies_share_what_they_both_do(maker):

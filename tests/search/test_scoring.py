@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from blocktune.policies import BlockPolicy, Rule, Skip
+from blocktune.search.candidate import Candidate
 from blocktune.search.config import Config
 from blocktune.search.pool import Job, Pool
 from blocktune.search.worker import Worker
@@ -53,16 +54,17 @@ def _is_ours(pid: int) -> bool:
 
 def test_scores_are_those_of_the_worker(tiny_model):
     worker = Worker(config_of(tiny_model, evaluator_gpus=None))
-    policy = BlockPolicy.for_model(worker.pipe, "one", [Rule(blocks=[1], window=(0.4, 1.0), action=Skip())])
-    plain = BlockPolicy.for_model(worker.pipe, "plain", [])
-    before = worker.measure(plain, 3, "search", None)
-    wanted = worker.measure(policy, 3, "search", before.images, 3)
+    rule = Rule(blocks=[1], window=(0.4, 1.0), action=Skip())
+    policy = Candidate(BlockPolicy.for_model(worker.pipe, "one", [rule]), 3)
+    plain = Candidate(BlockPolicy.for_model(worker.pipe, "plain", []), 3)
+    before = worker.measure(plain, "search", None)
+    wanted = worker.measure(policy, "search", before.images, 3)
     pool = Pool(config_of(tiny_model))
     try:
         jobs = pool.run(
             [
-                Job("measure", (policy, 3, "search", before.images, 3)),
-                Job("measure", (plain, 3, "search", None)),
+                Job("measure", (policy, "search", before.images, 3)),
+                Job("measure", (plain, "search", None)),
             ]
         )
         for job, told in zip(jobs, (wanted, before), strict=True):
@@ -72,7 +74,7 @@ def test_scores_are_those_of_the_worker(tiny_model):
             assert np.array_equal(job.result.images, told.images)
         (first,) = scorers()
         os.kill(first, signal.SIGKILL)
-        (again,) = pool.run([Job("measure", (plain, 3, "search", None))])
+        (again,) = pool.run([Job("measure", (plain, "search", None))])
         assert again.attempts == 2
         assert np.array_equal(again.result.scores["shapes"], before.scores["shapes"])
         assert pool.size == 1

@@ -9,6 +9,7 @@ import pytest
 from blocktune.policies import Plan
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Config, Generation, Space
+from blocktune.search.front import short
 from blocktune.search.space import NEVER, QUIET, anchors, bands, candidate, distributions, neighbours
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,11 +27,15 @@ def of(distribution: optuna.distributions.BaseDistribution) -> st.SearchStrategy
     return st.floats(distribution.low, distribution.high)
 
 
+OWN = 6.0  # guidance
 spaces = st.builds(
     Space, bands=st.integers(1, 20), skip=st.booleans(), steps=st.sampled_from([(14,), (20,), ()]),
+    guidance_scale=st.sampled_from([(), (4.0, 8.5), (6.0,), (8.5, 6.0, 4.0, 4.0)]),
     operands=st.sampled_from([("input",), ("key", "value", "logit"), ("input", "value")]),
 )  # fmt: skip
-configs = st.builds(lambda space: Config(space=space, generation=Generation(num_inference_steps=20)), spaces)
+configs = st.builds(
+    lambda space: Config(space=space, generation=Generation(num_inference_steps=20, guidance_scale=OWN)), spaces
+)
 params = configs.flatmap(
     lambda config: st.tuples(
         st.just(config), st.fixed_dictionaries({k: of(d) for k, d in distributions(config, 12).items()})
@@ -44,6 +49,8 @@ def test_every_proposal_is_a_policy_that_plans(model: ModelIdentity, drawn: tupl
     chosen = candidate(values, config, model, "x")
     kinds = Plan.compile(chosen.policy, chosen.steps).kinds
     assert len(kinds) == chosen.steps == values.get("steps", 20)
+    guidance = values.get("guidance_scale", OWN)
+    assert chosen.guidance_scale == (None if guidance == OWN else guidance)
     assert {len(row) for row in kinds} == {12}
     skipped = {i for row in kinds for i, kind in enumerate(row) if kind == "skip"}
     assert skipped == ({values["skip"]} if values.get("skip_from", NEVER) < NEVER else set())
@@ -59,14 +66,40 @@ def test_choices_without_effect_do_not_change_the_key(
     count = len(bands(config.space, 12))
     silent = values | {f"reuse_{i}": 1 for i in range(count)} | {"skip_from": NEVER}
     plain = anchors(config, 12)["unmodified"] | {"steps": values.get("steps", 20)}
+    plain |= {"guidance_scale": values.get("guidance_scale", OWN)}
     for quiet in ({"operand": QUIET}, {f"scale_{i}": 1.0 for i in range(count)}):
         assert candidate(silent | quiet, config, model, "a").key == candidate(plain, config, model, "b").key
 
 
-def test_other_steps_or_actions_change_the_key(model: ModelIdentity) -> None:
-    config = Config()
+@given(params)
+def test_the_key_is_that_of_policy_and_steps_unless_guidance_differs(
+    model: ModelIdentity, drawn: tuple[Config, dict[str, Any]]
+) -> None:
+    """Studies of before there was a choice of guidance know candidates by it."""
+    config, values = drawn
+    chosen = candidate(values, config, model, "x")
+    before = f"{chosen.policy.digest}-{chosen.steps}"
+    own = candidate(values | {"guidance_scale": OWN}, config, model, "x")
+    assert (own.key, own.sampling) == (before, {"num_inference_steps": chosen.steps})
+    assert (chosen.key == before) == (values.get("guidance_scale", OWN) == OWN)
+    assert chosen.key.startswith(before)
+
+
+def test_other_steps_guidance_or_actions_change_the_key(model: ModelIdentity) -> None:
+    config = Config(space=Space(guidance_scale=(4.0, 4.5, 8.0)))
     keys = [candidate(values, config, model, name).key for name, values in anchors(config, 12).items()]
     assert len(set(keys)) == len(keys)
+    assert len({short(key) for key in keys}) == len(keys)  # and so do files
+
+
+def test_guidance_is_an_anchor_each_and_a_choice_from_low_to_high() -> None:
+    config = Config(space=Space(guidance_scale=(8.0, 4.5, 6.0)))
+    points = anchors(config, 12)
+    assert list(points)[:5] == ["unmodified", "12 steps", "8 steps", "guidance 4.5", "guidance 8"]
+    for name, scale in (("guidance 4.5", 4.5), ("guidance 8", 8.0)):
+        assert points[name] == points["unmodified"] | {"guidance_scale": scale}
+    assert distributions(config, 12)["guidance_scale"].choices == (4.5, 6.0, 8.0)
+    assert "guidance_scale" not in distributions(Config(), 12)
 
 
 @given(params)
@@ -92,9 +125,11 @@ def test_neighbours_differ_in_one_choice_by_one_notch(
 def test_anchors_lie_in_the_space_but_for_their_steps(config: Config) -> None:
     choices = distributions(config, 12)
     points = anchors(config, 12)
-    assert [values["steps"] for values in points.values()] == [20, 12, 8, 20, 20, 20]
+    guided = sorted({*config.space.guidance_scale} - {OWN})
+    assert [values["steps"] for values in points.values()] == [20, 12, 8, *(20 for _ in guided), 20, 20, 20]
+    assert [values["guidance_scale"] for values in points.values()] == [OWN] * 3 + guided + [OWN] * 3
     for values in points.values():
-        assert choices.keys() <= values.keys() <= choices.keys() | {"steps"}
+        assert choices.keys() <= values.keys() <= choices.keys() | {"steps", "guidance_scale"}
         for name in choices.keys() - {"steps"}:
             assert choices[name]._contains(choices[name].to_internal_repr(values[name])), name
 

@@ -99,6 +99,22 @@ def test_the_unmodified_model_runs_as_the_file_says(verify: Verify) -> None:
     assert told["holds"] is None
 
 
+def test_each_is_drawn_with_the_guidance_that_the_file_gives_it(verify: Verify) -> None:
+    """A policy without effect, at TUNED's guidance, beside the model at its own: alike where both are one scale."""
+    nothing = BlockPolicy.for_model(new_transformer(), "nothing", [])
+
+    def psnr(own: float) -> tuple[float, float | None]:
+        evidence = {"confirmed": {"psnr": VAGUE}, "unmodified": {"guidance_scale": own}}
+        told = json.loads(verify(evidence, "--evaluators", "psnr", "--json", policy=nothing)[1])
+        return told["figures"][0]["measured"]["value"], told["guidance_scale"]
+
+    (alike, same), (unlike, other) = psnr(4.0), psnr(9.0)
+    assert (same, other) == (None, 4.0)
+    assert unlike < alike == 100
+    told = verify({"unmodified": {"guidance_scale": 9.0}}, policy=nothing)[1]
+    assert f"in a batch of {STEPS} steps, guidance 4\n" in told
+
+
 def test_pictures_that_are_not_finite_do_not_hold(verify: Verify) -> None:
     loud = Rule(blocks=(0,), action=ScaleText(operand="value", scale=1e38))
     code, out, err = verify(None, policy=BlockPolicy.for_model(new_transformer(), "loud", [loud]))

@@ -9,7 +9,10 @@ import pytest
 import torch
 from blocktune.policies import BlockPolicy
 from blocktune.policies.policy import ModelIdentity
+from blocktune.search.candidate import Candidate
 from blocktune.search.config import load_config
+from blocktune.search.generation import embed, generate
+from blocktune.search.prompts import read_prompts
 from blocktune.search.worker import Worker
 
 ROOM = 2  # pictures
@@ -44,22 +47,40 @@ def limit(worker: Worker, room: int, monkeypatch: pytest.MonkeyPatch) -> list[in
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_stays_so(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = BlockPolicy(name="unmodified", model=ModelIdentity.of(worker.pipe), rules=())
-    before = worker.measure(plain, 2, "confirm", None)
+    plain = Candidate(BlockPolicy(name="unmodified", model=ModelIdentity.of(worker.pipe), rules=()), 2)
+    before = worker.measure(plain, "confirm", None)
     asked = limit(worker, ROOM, monkeypatch)
-    after = worker.measure(plain, 2, "confirm", None)
+    after = worker.measure(plain, "confirm", None)
     assert asked == [6, 3, 1, 1, 1, 1, 1, 1]
     assert np.abs(after.images.astype(int) - before.images).max() <= 1
-    assert worker.measure(plain, 2, "confirm", None, 5, 3).images.shape == after.images[3:5].shape
+    assert worker.measure(plain, "confirm", None, 5, 3).images.shape == after.images[3:5].shape
     assert asked[8:] == [1, 1]
     table = worker.cost_table()
-    assert table.predict_policy(plain, 2) > 0
-    assert worker.time([(plain, 2)], 1)[0] > 0
+    assert table.predict_policy(plain.policy, 2) > 0
+    assert worker.time([plain], 1)[0] > 0
 
 
 def test_one_picture_that_does_not_fit_is_an_error(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = limit(worker, 0, monkeypatch)
-    plain = BlockPolicy(name="unmodified", model=ModelIdentity.of(worker.pipe), rules=())
+    plain = Candidate(BlockPolicy(name="unmodified", model=ModelIdentity.of(worker.pipe), rules=()), 2)
     with pytest.raises(torch.OutOfMemoryError):
-        worker.measure(plain, 2, "search", None)
+        worker.measure(plain, "search", None)
     assert asked == [3, 3, 1]
+
+
+def test_another_guidance_is_drawn_and_shares_no_step_with_the_model_s_own(worker: Worker) -> None:
+    """Both candidates by turns in one worker, whose memory of first steps they fill together, and each alone."""
+    policy = BlockPolicy(name="unmodified", model=ModelIdentity.of(worker.pipe), rules=())
+    one, other = Candidate(policy, 3), Candidate(policy, 3, 2.5)
+    first, unlike, again, alike = (worker.measure(c, "search", None) for c in (one, other, one, other))
+    assert (first.steps_saved, unlike.steps_saved) == (0, 0)
+    assert (again.steps_saved, alike.steps_saved) == (1, 1)
+    assert np.array_equal(again.images, first.images)
+    assert np.array_equal(alike.images, unlike.images)
+    assert not np.array_equal(first.images, unlike.images)
+    generation = worker.config.generation.model_copy(update={"guidance_scale": 2.5})
+    prompts = read_prompts(worker.config, "search")
+    rows = embed(worker.pipe, [p.text for p in prompts], generation)
+    assert np.array_equal(generate(worker.pipe, prompts, rows, generation, 3), unlike.images)
+    changed = worker.measure(other, "search", None, changed={"guidance_scale": worker.config.generation.guidance_scale})
+    assert np.array_equal(changed.images, first.images)  # a setting that is asked for goes before the candidate's
