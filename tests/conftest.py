@@ -55,5 +55,5 @@ def mistake(blocktune: Callable[..., tuple[int, str, str]]) -> Callable[..., str
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with whole searches first: beside the many short tests of the others, their waiting costs no time."""
-    long = ("test_faults", "test_real_run", "test_examples", "test_road", "test_tracking", "test_workers", "test_probe")
-    items.sort(key=lambda item: next((i for i, name in enumerate(long) if item.path.stem == name), len(long)))
+    long = ("faults", "real_run", "examples", "road", "tracking", "guidance", "probe")
+    items.sort(key=lambda item: next((i for i, name in enumerate(long) if item.path.stem == f"test_{name}"), len(long)))
