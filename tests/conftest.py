@@ -55,5 +55,5 @@ def mistake(blocktune: Callable[..., tuple[int, str, str]]) -> Callable[..., str
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with whole searches first: beside the many short tests of the others, their waiting costs no time."""
-    long = ("faults", "real_run", "examples", "road", "tracking", "guidance", "probe")
+    long = ("faults", "real_run", "examples", "road", "tracking", "limits", "guidance", "probe", "scaling", "scoring")
     items.sort(key=lambda item: next((i for i, name in enumerate(long) if item.path.stem == f"test_{name}"), len(long)))

@@ -170,9 +170,3 @@ def test_picks_are_tried_at_a_setting_that_goes_before_their_own(confirmed: list
     for c in picked:
         assert c["neighbours"]["count"] == 2
         assert [told["setting"] for told in c["transfer"]] == [{"guidance_scale": OWN}]
-
-
-def test_other_scales_are_another_search(world: Any, searched: Path) -> None:
-    ask = ["search", world.config, "--out", searched, "--resume", "--set"]
-    assert "space differs from the run" in world.run(*ask, "space.guidance_scale=[3]", code=2).stderr
-    assert "space differs from the run" in world.run(*ask, "space.guidance_scale=[]", code=2).stderr
