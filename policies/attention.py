@@ -4,6 +4,9 @@ Whatever the processor, the text stands at known places among the keys of one ca
 scaling there serves every architecture, and what is rotated (RoPE) or normed before is scaled as if right after it.
 """
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -58,7 +61,7 @@ class ScaledAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls = 0
-        with _Intercept(self):
+        with _Traced(self) if torch.compiler.is_compiling() else _REDIRECT.to(self.attend):
             out = self.attention(*args, **kwargs)
         if self.calls != 1:
             raise PolicyError(
@@ -114,8 +117,52 @@ class ScaledAttention(nn.Module):
         return torch.cat([of_image, of_text] if self.text_keys == "last" else [of_text, of_image], dim=2)
 
 
-class _Intercept(TorchFunctionMode):
-    """Hands every call of `scaled_dot_product_attention` inside of it to `scaled.attend`."""
+class _Redirect:
+    """Hands a thread's calls of `scaled_dot_product_attention`, where it asks for that, to another function.
+
+    Processors look the function up in `torch.nn.functional`, where it is replaced while any thread asks. A mode of
+    torch's would need no replacing, but be asked before each of the 80 operations of an attention, which eager runs of
+    many small blocks feel.
+    """
+
+    def __init__(self) -> None:
+        self._threads = threading.local()  # `.attend`: where this thread's calls go, if not None
+        self._lock = threading.Lock()
+        self._asking = 0  # threads
+        self._replaced: Callable[..., torch.Tensor] = F.scaled_dot_product_attention
+
+    @contextmanager
+    def to(self, attend: Callable[..., torch.Tensor]) -> Iterator[None]:
+        with self._lock:
+            if self._asking == 0:
+                self._replaced, F.scaled_dot_product_attention = F.scaled_dot_product_attention, self._attend
+            self._asking += 1
+        self._threads.attend = attend
+        try:
+            yield
+        finally:
+            self._threads.attend = None
+            with self._lock:
+                self._asking -= 1
+                if self._asking == 0:
+                    F.scaled_dot_product_attention = self._replaced
+
+    def _attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        attend = getattr(self._threads, "attend", None)
+        if attend is None:
+            return self._replaced(*args, **kwargs)
+        self._threads.attend = None  # what it calls itself is not handed to it
+        try:
+            return attend(*args, **kwargs)
+        finally:
+            self._threads.attend = attend
+
+
+_REDIRECT = _Redirect()
+
+
+class _Traced(TorchFunctionMode):
+    """The same while Dynamo traces, which follows a mode, and could not guard what is replaced and put back."""
 
     def __init__(self, scaled: ScaledAttention) -> None:
         super().__init__()

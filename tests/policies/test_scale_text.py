@@ -1,10 +1,17 @@
 """Each operand, scope and branch against the block's arithmetic written out by hand, in float64."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from blocktune.policies import BlockPolicy, Rule, ScaleText, apply_policy
 from blocktune.policies.attention import scale_rows
+
+from .pipelines import generate
 
 OPERANDS = [("input", "propagate"), ("input", "local"), ("key", None), ("value", None), ("logit", None)]
 
@@ -263,3 +270,37 @@ def test_low_precision_is_scaled_with_one_rounding():
     assert scaled.dtype == torch.bfloat16
     assert torch.equal(scaled[0], (x[0].double() * 1.3).bfloat16())
     assert torch.equal(scaled[1], torch.zeros_like(x[1]))
+
+
+# --- threads -----------------------------------------------------------------------------------------------------
+
+
+def test_two_models_in_two_threads_hear_their_own_policies(tiny_sd3_pipeline):
+    """Attention is reached by a name that all threads share."""
+    attention = F.scaled_dot_product_attention
+    pipes = [tiny_sd3_pipeline(seed=seed) for seed in (0, 1)]
+    scales = [ScaleText(operand="value", scale=2.0), ScaleText(operand="logit", scale=0.5)]
+    policies = [
+        BlockPolicy.for_model(pipe, "test", [Rule(blocks=range(3), action=scale)])
+        for pipe, scale in zip(pipes, scales, strict=True)
+    ]
+    expected = []
+    for pipe, policy in zip(pipes, policies, strict=True):
+        with apply_policy(pipe, policy):
+            expected.append(generate(pipe))
+    plain = tiny_sd3_pipeline(seed=2)
+    unscaled = generate(plain)
+    start = threading.Barrier(3)
+
+    def run(pipe: Any, policy: BlockPolicy | None, wanted: torch.Tensor) -> bool:
+        start.wait()
+        for _ in range(10):
+            with apply_policy(pipe, policy) if policy else nullcontext():
+                if not torch.equal(generate(pipe), wanted):
+                    return False
+        return True
+
+    with ThreadPoolExecutor(3) as threads:
+        work = [*zip(pipes, policies, expected, strict=True), (plain, None, unscaled)]
+        assert all([*threads.map(run, *zip(*work, strict=True))])
+    assert F.scaled_dot_product_attention is attention
