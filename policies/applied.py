@@ -21,9 +21,9 @@ from .error import PolicyError
 from .layout import Layout
 from .neighbours import refuse_neighbours
 from .plan import BlockStep, Plan
-from .policy import BlockPolicy, Branch, ScaleText
+from .policy import WHOLE_RUN, BlockPolicy, Branch, ScaleText
 from .report import Call, Report
-from .rows import Rows
+from .rows import Rows, conditional, for_both
 from .tokens import PromptWatch, Texts
 
 # The name of the policy on each transformer that has one; kept here so that nothing is written on the model.
@@ -48,6 +48,7 @@ class _Lane:
         default_factory=dict
     )
     embeddings: torch.Tensor | None = None  # of the text, in the last call
+    halved: bool = False  # whether only their conditional half was looked at
     texts: Texts | None = None  # behind them
 
     def forget(self) -> None:
@@ -86,6 +87,7 @@ class Applied:
         self._owner: int | None = None  # the thread that holds it
         self._swapped: list[tuple[Slot, nn.Module]] = []
         self._now: tuple[_Lane, Call] | None = None  # the running call
+        self._halved = False  # whether it computes the conditional half of guidance alone
 
         self._tick: clock.Tick | None = None  # of the last call
         self._plan: Plan | None = None  # compiled last, for `_planned`
@@ -93,12 +95,14 @@ class Applied:
         self._lanes: dict[str, _Lane] = {}
         self._context: str | None = None  # the name that the pipeline gave to the call
         self._done = 0  # calls that succeeded at this step
+        self._conditional: Any = None  # what the conditional call returned at this step, where it stands for both
         self._calls: list[Call] = []
         self._cache_bytes = 0
 
+        self._guided_in_part = policy.guidance_window != WHOLE_RUN
         by_token = any(isinstance(r.action, ScaleText) and r.action.tokens != "all" for r in acting)
         self._watch = PromptWatch(pipe, architecture.transformer) if by_token else None
-        self._names_calls = acting and architecture.guidance == "calls" and hasattr(transformer, "cache_context")
+        self._names_calls = policy.acts and architecture.guidance == "calls" and hasattr(transformer, "cache_context")
         if self._names_calls:
             # the one attribute that is set on the model, and outside of its forward: pipelines name their calls by it
             self._cache_context = transformer.cache_context
@@ -156,15 +160,16 @@ class Applied:
 
     def _around_compiled(self, *args: Any, **kwargs: Any) -> Any:
         """The call of a transformer that was compiled in place."""
-        self._before(self._transformer, args, kwargs)
+        args, kwargs = self._before(self._transformer, args, kwargs)
         output = None
         try:
             output = self._compiled_call(*args, **kwargs)
         finally:
-            self._after(self._transformer, args, kwargs, output)
+            output = self._after(self._transformer, args, kwargs, output)
         return output
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """The arguments that the transformer is to be called with."""
         if torch.compiler.is_compiling():
             raise PolicyError("The transformer was compiled under a policy; compile it first, then apply the policy.")
         if not self._running.acquire(blocking=False):
@@ -180,16 +185,21 @@ class Applied:
         except BaseException:
             self._end()
             raise
+        if not self._halved:
+            return args, kwargs
+        return conditional((args, kwargs), len(self._argument(args, kwargs, self._architecture.latents)))
 
-    def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """What the transformer is to return; a hook that returns None changes nothing."""
         if self._owner != threading.get_ident() or self._now is None:  # always called: also after a refusal
-            return
+            return output
         lane, call = self._now
+        halved = self._halved
         idle = [i for i, slot in enumerate(self._slots) if not getattr(slot.block, "called", True)]
         self._end()
         if output is None or lane.plan is None:  # the forward failed; what its blocks kept is of no run
             lane.forget()
-            return
+            return output
         if idle:
             lane.forget()
             raise PolicyError(
@@ -204,6 +214,21 @@ class Applied:
         for index, action in enumerate(lane.plan.steps[call.step]):
             if action.releases:
                 lane.memories[index].forget()
+        return self._answer(lane, halved, output)
+
+    def _answer(self, lane: _Lane, halved: bool, output: Any) -> Any:
+        """The output of the call, or at a step without guidance what stands for both halves."""
+        if halved:
+            return for_both(output)
+        assert lane.plan is not None
+        if self._guided_in_part and not lane.plan.guided[lane.step]:
+            if lane.branch == "cond":
+                self._conditional = output
+            elif lane.branch == "uncond":
+                if self._conditional is None:
+                    raise PolicyError("guidance_window needs the conditional call of a step before the unconditional.")
+                return self._conditional
+        return output
 
     def _argument(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
         """The argument of that name that the transformer is called with, or None."""
@@ -219,6 +244,7 @@ class Applied:
         lane, step = self._enter(left_out is not None)
         # what a ControlNet adds between blocks would be added again with the residual of a run
         added = (self._argument(args, kwargs, name) for name in self._parameters if "control" in name)
+        self._halved = self._halves_batch(args, kwargs, lane, left_out is not None)
         apart = left_out is not None or any(value is not None for value in added)
         rows = None
         if any(action.touched for action in step):
@@ -249,7 +275,23 @@ class Applied:
                 stand_in.called = False
                 self._swapped.append((slot, slot.block))
                 slot.children[slot.key] = stand_in
-        self._now = lane, Call(lane.step, tuple(done), lane.branch)
+        self._now = lane, Call(lane.step, tuple(done), "cond" if self._halved else lane.branch)
+
+    def _halves_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], lane: _Lane, perturbed: bool) -> bool:
+        """Whether the call is of both halves of guidance, at a step where it does not act."""
+        assert lane.plan is not None
+        if not self._guided_in_part or self._architecture.guidance != "batched" or lane.plan.guided[lane.step]:
+            return False
+        if perturbed or not self._pipe.do_classifier_free_guidance:
+            return False
+        self._refuse_no_halves(len(self._argument(args, kwargs, self._architecture.latents)), "a guidance_window")
+        return True
+
+    def _refuse_no_halves(self, batch: int, asking: str) -> None:
+        if batch % 2 or getattr(self._pipe, "do_perturbed_attention_guidance", False):
+            raise PolicyError(
+                f"This batch of {batch} rows is not an unconditional and a conditional half, which {asking} asks for."
+            )
 
     def _enter(self, perturbed: bool) -> tuple[_Lane, tuple[BlockStep, ...]]:
         """The lane of this call, moved to its step, and what each block does; begun anew where steps were left out."""
@@ -313,15 +355,15 @@ class Applied:
         if self._halves and row.guidance == "batched":
             batch = latents.shape[0]
             guided = not perturbed and bool(self._pipe.do_classifier_free_guidance)
-            if guided and (batch % 2 or getattr(self._pipe, "do_perturbed_attention_guidance", False)):
-                raise PolicyError(
-                    f"This batch of {batch} rows is not an unconditional and a conditional half; use branch 'both' "
-                    "here."
-                )
+            if guided:
+                self._refuse_no_halves(batch, "a branch other than 'both'")
+            if self._halved:
+                batch, guided = batch // 2, False
         if self._watch is not None:
-            batch = len(text)
-            if text is not lane.embeddings:
-                lane.texts, lane.embeddings = self._watch.texts(text), text
+            batch = len(text) // 2 if self._halved else len(text)
+            if text is not lane.embeddings or lane.halved != self._halved:
+                lane.texts, lane.embeddings = self._watch.texts(text[-batch:]), text
+                lane.halved = self._halved
                 lane.stand_ins.clear()  # those of other prompts are not met again
                 self._refuse_missing(lane)
         joined = text.shape[1] + registers if self._joined else None
@@ -373,10 +415,12 @@ class Applied:
             slot.children[slot.key] = block
 
     def _forget(self) -> None:
+        self._conditional = None
         for lane in self._lanes.values():
             lane.forget()
 
     def _end(self) -> None:
         self._restore()
         self._now = self._owner = None
+        self._halved = False
         self._running.release()

@@ -8,7 +8,7 @@ from . import clock
 from .applied import APPLIED, Applied
 from .architectures import Architecture, Slot, block_slots, resolve
 from .error import PolicyError
-from .policy import BlockPolicy, ModelIdentity, Rule, ScaleText
+from .policy import WHOLE_RUN, BlockPolicy, ModelIdentity, Rule, ScaleText
 
 
 def apply_policy(
@@ -20,7 +20,7 @@ def apply_policy(
 ) -> Applied:
     """Makes a diffusers pipeline, or its transformer alone, obey `policy` from now on.
 
-    Use it as a context manager or call `.remove()`; `.report` tells what the last run did. A policy whose rules change
+    Use it as a context manager or call `.remove()`; `.report` tells what the last run did. A policy that changes
     nothing is bit-identical to none. The step is read from the scheduler: the pipeline's own, or `scheduler` for a bare
     transformer, which needs it for windows and reuse. Residuals kept for reuse stay on the device that made them, or
     in main memory with `cache_device="cpu"`: slower, and for models whose residuals do not fit (`report.cache_bytes`).
@@ -46,6 +46,8 @@ def apply_policy(
             )
             if reason:
                 raise PolicyError(f"rules[{i}].{reason}")
+    if policy.guidance_window != WHOLE_RUN:
+        _refuse_guidance_window(policy, architecture, pipe)
     clock.refuse_without_steps(policy, scheduler if pipe is None else pipe.scheduler)
     if transformer in APPLIED:
         raise PolicyError(f"Policy {APPLIED[transformer]!r} is already applied to this transformer; remove it first.")
@@ -66,20 +68,38 @@ def _refuse_other_model(policy: BlockPolicy, found: ModelIdentity) -> None:
         )
 
 
+def _refuse_guidance_window(policy: BlockPolicy, architecture: Architecture, pipe: Any) -> None:
+    told = f"guidance_window is {list(policy.guidance_window)}"
+    if architecture.truncated_by:
+        raise PolicyError(
+            f"{told}; pipelines of {architecture.transformer} end guidance by their own {architecture.truncated_by}, "
+            "so use that and leave the window out."
+        )
+    if _halves_unknown(architecture, pipe):
+        raise PolicyError(f"{told}; {_HALVES}, so apply to that or leave the window out.")
+
+
+# What tells the halves of guidance apart.
+_HALVES = (
+    "a half of guidance can be told only with a pipeline that has do_classifier_free_guidance or makes a call for each"
+)
+
+
+def _halves_unknown(architecture: Architecture, pipe: Any) -> bool:
+    batched = architecture.guidance == "batched"
+    return pipe is None or (batched and not hasattr(type(pipe), "do_classifier_free_guidance"))
+
+
 def _refuse_branch(rule: Rule, architecture: Architecture, pipe: Any) -> str | None:
     if rule.branch == "both":
         return None
-    batched = architecture.guidance == "batched"
-    if batched and not isinstance(rule.action, ScaleText):
+    if architecture.guidance == "batched" and not isinstance(rule.action, ScaleText):
         return (
             f"branch is {rule.branch!r} on a {rule.action.type}; {architecture.transformer} runs both halves of "
             "guidance in one call, so a block can be left out for both halves only."
         )
-    if pipe is None or (batched and not hasattr(type(pipe), "do_classifier_free_guidance")):
-        return (
-            f"branch is {rule.branch!r}; a half of guidance can be told only with a pipeline that has "
-            "do_classifier_free_guidance or makes a call for each, so apply to that or use 'both'."
-        )
+    if _halves_unknown(architecture, pipe):
+        return f"branch is {rule.branch!r}; {_HALVES}, so apply to that or use 'both'."
     return None
 
 

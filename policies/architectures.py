@@ -50,6 +50,7 @@ class Architecture:
     registers: str | None = None  # parameter `(1, tokens, dim)` put in front of the text
     image_in_text: str | None = None  # config field that is set where image tokens stand in the text stream
     filled_by: str | None = None  # forward argument present in calls that fill or read a cache inside of the blocks
+    truncated_by: str | None = None  # argument of the pipeline by which it ends guidance itself
 
 
 _JOINT = Blocks("transformer_blocks", "text, image")
@@ -98,7 +99,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("HunyuanImageTransformer2DModel", _HUNYUAN, guidance="calls"),
         Architecture("HunyuanVideoTransformer3DModel", _HUNYUAN, guidance="calls"),
         # the refiners of Z-Image and Lumina2, which see one stream alone, are not counted as blocks
-        Architecture("ZImageTransformer2DModel", (Blocks("layers", "mixed"),), guidance="batched", latents="x"),
+        Architecture(
+            "ZImageTransformer2DModel",
+            (Blocks("layers", "mixed"),),
+            guidance="batched",
+            latents="x",
+            truncated_by="cfg_truncation",
+        ),
         Architecture("Lumina2Transformer2DModel", (Blocks("layers", "mixed"),), guidance="calls"),
         Architecture(
             "LTXVideoTransformer3DModel",

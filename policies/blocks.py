@@ -33,11 +33,14 @@ class Memory:
             text, image = None if text is None else text.cpu(), image.cpu()
         self.residual = text, image
 
-    def recall(self, device: torch.device) -> tuple[Stream, torch.Tensor]:
-        """The residual, on `device`; the plan reuses only what an earlier step kept."""
+    def recall(self, rows: int, device: torch.device) -> tuple[Stream, torch.Tensor]:
+        """The residual, on `device`; the plan reuses only what an earlier step kept.
+
+        Of the last `rows`: once guidance has ended these are the conditional half of what was kept under it.
+        """
         assert self.residual is not None
         text, image = self.residual
-        return None if text is None else text.to(device), image.to(device)
+        return None if text is None else text[-rows:].to(device), image[-rows:].to(device)
 
     def forget(self) -> None:
         self.residual = self._given = None
@@ -85,7 +88,7 @@ class ReusedBlock(_StandIn):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.called = True
         text, image = self.layout.inputs(args, kwargs)
-        text_residual, image_residual = self.memory.recall(image.device)
+        text_residual, image_residual = self.memory.recall(len(image), image.device)
         if text is not None and self.stream is not None:
             text = scale_rows(text, self.stream)
         text = None if text is None or text_residual is None else text + text_residual

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .error import PolicyError
-from .policy import BlockPolicy
+from .policy import WHOLE_RUN, BlockPolicy
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def read(scheduler: Any) -> Tick:
 
 def refuse_without_steps(policy: BlockPolicy, scheduler: Any) -> None:
     """PolicyError where a rule asks for the step of the run and the scheduler does not tell it."""
-    asks = [i for i, rule in enumerate(policy.rules) if rule.needs_step]
+    asks = [f"rules[{i}] has a window or reuses" for i, rule in enumerate(policy.rules) if rule.needs_step]
+    if policy.guidance_window != WHOLE_RUN:
+        asks.append(f"guidance_window is {list(policy.guidance_window)}")
     if asks and not has_steps(scheduler):
         lacks = "no scheduler was given" if scheduler is None else f"{type(scheduler).__name__} has no step_index"
-        raise PolicyError(f"rules[{asks[0]}] has a window or reuses, which takes the step of the run, but {lacks}.")
+        raise PolicyError(f"{asks[0]}, which takes the step of the run, but {lacks}.")

@@ -49,11 +49,13 @@ class Plan:
     """What each block does at each of the `num_steps` steps of a run that begins at step `start`.
 
     It covers one call of the transformer per step: the whole batch, or one branch of guidance in a call of its own.
+    Where that is the unconditional one, its blocks are skipped at steps without guidance.
     """
 
     num_steps: int
     start: int
     steps: tuple[tuple[BlockStep, ...], ...]  # steps x blocks; a step before `start` is an empty tuple
+    guided: tuple[bool, ...]  # whether guidance acts at each step, if the pipeline guides
 
     @classmethod
     def compile(cls, policy: BlockPolicy, num_steps: int, start: int = 0, branch: Branch = "both") -> Self:
@@ -68,11 +70,13 @@ class Plan:
             if rule.acts and (branch == "both" or rule.branch == "both"):
                 for block in rule.blocks:
                     rules[block].append(rule)
+        first, last = policy.guidance_window
+        guided = tuple(first <= i / num_steps < last for i in range(num_steps))
         alike = {tuple(map(id, of_block)): of_block for of_block in rules}  # blocks of one band share their column
-        made = {key: _block_steps(of_block, num_steps, start) for key, of_block in alike.items()}
+        made = {key: _block_steps(of_block, guided, start, branch) for key, of_block in alike.items()}
         columns = [made[tuple(map(id, of_block))] for of_block in rules]
         empty: tuple[BlockStep, ...] = ()
-        return cls(num_steps, start, (empty,) * start + tuple(zip(*_in_runs(columns), strict=True)))
+        return cls(num_steps, start, (empty,) * start + tuple(zip(*_in_runs(columns), strict=True)), guided)
 
     @cached_property
     def kinds(self) -> list[list[Kind]]:
@@ -140,12 +144,19 @@ def _alike(column: Sequence[BlockStep], at: int) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def _block_steps(rules: Sequence[Rule], num_steps: int, start: int) -> list[BlockStep]:
-    """One block's column of the plan, for steps `start` to `num_steps - 1`."""
+def _block_steps(rules: Sequence[Rule], guided: Sequence[bool], start: int, branch: Branch) -> list[BlockStep]:
+    """One block's column of the plan, for steps from `start` on."""
     kinds: list[Kind] = []
     scales: list[tuple[tuple[Branch, ScaleText], ...]] = []
     computed_at: int | None = None
+    num_steps = len(guided)
     for i in range(start, num_steps):
+        if branch == "uncond" and not guided[i]:
+            kinds.append("skip")
+            scales.append(())
+            continue
+        if branch == "both" and i > start and guided[i] and not guided[i - 1]:
+            computed_at = None  # of the unconditional half there is no residual
         active = [rule for rule in rules if rule.window[0] <= i / num_steps < rule.window[1]]
         kind: Kind = "compute"
         for rule in active:

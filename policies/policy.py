@@ -35,8 +35,18 @@ SCHEMA_VERSION = 1
 Branch: TypeAlias = Literal["both", "cond", "uncond"]
 Operand: TypeAlias = Literal["input", "key", "value", "logit"]
 Tokens: TypeAlias = Literal["all", "prompt"] | tuple[str, ...]
+WHOLE_RUN = (0.0, 1.0)
 # At least 0 and finite; `+ 0.0` turns -0.0 into 0.0, so that equal policies have equal digests.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0), AfterValidator(lambda x: x + 0.0)]
+
+
+def _nonempty(window: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+    if not 0.0 <= window[0] < window[1] <= 1.0:
+        raise ValueError(f"{info.field_name} is {list(window)}; it must be [start, end] with 0 <= start < end <= 1.")
+    return window
+
+
+Window = Annotated[tuple[Number, Number], AfterValidator(_nonempty)]  # [start, end) of the run, in fractions
 
 
 class _Content(BaseModel):
@@ -148,7 +158,7 @@ class Rule(_Content):
     """
 
     blocks: tuple[Annotated[StrictInt, Field(ge=0)], ...] = Field(min_length=1)
-    window: tuple[Number, Number] = (0.0, 1.0)
+    window: Window = WHOLE_RUN
     branch: Branch = "both"
     action: Action
 
@@ -159,13 +169,6 @@ class Rule(_Content):
             raise ValueError(f"blocks is {short(list(blocks))}; each block may be named once.")
         return tuple(sorted(blocks))
 
-    @field_validator("window")
-    @classmethod
-    def _nonempty_window(cls, window: tuple[float, float]) -> tuple[float, float]:
-        if not 0.0 <= window[0] < window[1] <= 1.0:
-            raise ValueError(f"window is {list(window)}; it must be [start, end] with 0 <= start < end <= 1.")
-        return window
-
     @property
     def acts(self) -> bool:
         """False for a rule that changes nothing: a scale of 1."""
@@ -174,7 +177,7 @@ class Rule(_Content):
     @property
     def needs_step(self) -> bool:
         """Whether obeying the rule takes knowing which step of the run a call is."""
-        return self.acts and (self.window != (0.0, 1.0) or isinstance(self.action, Reuse))
+        return self.acts and (self.window != WHOLE_RUN or isinstance(self.action, Reuse))
 
 
 class ModelIdentity(_Content):
@@ -215,6 +218,9 @@ class BlockPolicy(_Content, Hub):
     Two rules contradict each other when some block would get both in overlapping windows and branches, and one of them
     skips, or both reuse, or both scale the same operand. Reuse and scale_text go together: the scale acts when the
     block computes, and a scale of the running stream (`input`, `propagate`) at every step, in front of the block.
+
+    Guidance acts in `guidance_window` (the interval of arXiv 2404.07724). At steps outside of it the unconditional half
+    is not computed and the conditional one stands for both. A pipeline that does not guide has nothing to leave out.
     """
 
     model_config = ConfigDict(json_schema_extra=_with_header)
@@ -222,6 +228,7 @@ class BlockPolicy(_Content, Hub):
     name: Annotated[str, Field(min_length=1)]
     model: ModelIdentity
     rules: tuple[Rule, ...]
+    guidance_window: Window = WHOLE_RUN
     tuned_for: dict[str, Any] | None = None
     evidence: dict[str, Any] | None = None
 
@@ -267,9 +274,16 @@ class BlockPolicy(_Content, Hub):
         return self
 
     @classmethod
-    def for_model(cls, pipe_or_transformer: Any, name: str, rules: "list[Rule] | tuple[Rule, ...]") -> Self:
+    def for_model(
+        cls,
+        pipe_or_transformer: Any,
+        name: str,
+        rules: "list[Rule] | tuple[Rule, ...]",
+        guidance_window: tuple[float, float] = WHOLE_RUN,
+    ) -> Self:
         """A policy bound to the architecture at hand; PolicyError for an unknown class or rules that do not fit."""
-        return cls(name=name, model=ModelIdentity.of(pipe_or_transformer), rules=tuple(rules))
+        model = ModelIdentity.of(pipe_or_transformer)
+        return cls(name=name, model=model, rules=tuple(rules), guidance_window=guidance_window)
 
     @classmethod
     def from_ecad(cls, path: str | PathLike[str], model: Any, *, partial: "formats.Partial" = "refuse") -> Self:
@@ -321,20 +335,30 @@ class BlockPolicy(_Content, Hub):
         }
         body = self.model_dump(mode="json", include={"name", "model"})
         body["rules"] = [rule.model_dump(mode="json", exclude_none=True) for rule in self.rules]
+        if self.guidance_window != WHOLE_RUN:
+            body["guidance_window"] = list(self.guidance_window)
         body |= {key: value for key in ("tuned_for", "evidence") if (value := getattr(self, key)) is not None}
         text = json.dumps(header | body, indent=2, ensure_ascii=False, allow_nan=False)
         Path(path).write_text(text + "\n", "utf-8")
 
     @property
+    def acts(self) -> bool:
+        """False for a policy that changes nothing."""
+        return self.guidance_window != WHOLE_RUN or any(rule.acts for rule in self.rules)
+
+    @property
     def digest(self) -> str:
-        """sha256 of the behaviour: model and rules, in any order and grouping; not name, tuned_for, evidence."""
+        """sha256 of the behaviour: model, rules in any order and grouping, guidance; not name, tuned_for, evidence."""
         windows: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
         for rule in self.rules:
             if rule.acts:
                 action = json.dumps(rule.action.model_dump(mode="json", exclude_none=True), sort_keys=True)
                 for block in rule.blocks:
                     windows.setdefault((action, rule.branch, block), []).append(rule.window)
-        content = [self.model.model_dump(mode="json"), sorted((*key, _joined(w)) for key, w in windows.items())]
+        acting = sorted((*key, _joined(w)) for key, w in windows.items())
+        content: list[Any] = [self.model.model_dump(mode="json"), acting]
+        if self.guidance_window != WHOLE_RUN:
+            content.append(list(self.guidance_window))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def __hash__(self) -> int:

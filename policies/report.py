@@ -16,7 +16,9 @@ class Call:
 
     step: int
     blocks: tuple[str, ...]
-    branch: str = "both"  # "cond" or "uncond" where guidance makes a call for each
+    # "cond" or "uncond" where guidance makes a call for each; "cond" also where it makes one call for both halves, at
+    # a step without guidance
+    branch: str = "both"
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,16 @@ class Report:
         if self.calls:
             steps = f"steps {self.calls[0].step} to {self.calls[-1].step}"
             lines.append(f"{steps}: . compute, - skip, = reuse; ^ compute and ~ reuse with scaled text")
-            for branch in dict.fromkeys(call.branch for call in self.calls):
-                if branch != "both":
+            branches = list(dict.fromkeys(call.branch for call in self.calls))
+            if "both" in branches:
+                guided = [call.step for call in self.calls if call.branch == "both"]
+                if len(branches) > 1:
+                    lines.append(f"guidance at steps {guided[0]} to {guided[-1]}")
+                branches = [""]
+            for branch in branches:
+                if branch:
                     lines.append(f"{branch}:")
-                rows = (call.blocks for call in self.calls if call.branch == branch)
+                rows = (call.blocks for call in self.calls if branch in ("", call.branch))
                 for block, entries in enumerate(zip(*rows, strict=True)):
                     lines.append(f"block {block:3d}  " + "".join(_SIGNS[entry] for entry in entries))
         return "\n".join(lines)

@@ -1,9 +1,11 @@
-"""The batch of one transformer call, as text scales see it."""
+"""The batch of one transformer call: the rows as text scales see them, and the conditional half alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .policy import Branch, ScaleText, Tokens
 from .tokens import Texts
@@ -43,3 +45,13 @@ class Rows:
             return factor
         marks = torch.stack([self.texts.mark(row, which) for row, which in enumerate(tokens)])  # (batch, tokens)
         return torch.where(marks.to(self.device)[..., None], factor, 1.0)
+
+
+def conditional(given: Any, rows: int) -> Any:
+    """The later half of each tensor `(rows, ...)`, wherever it lies in a call's arguments; all others as they are."""
+    return tree_map_only(torch.Tensor, lambda t: t[rows // 2 :] if t.ndim and len(t) == rows else t, given)
+
+
+def for_both(output: Any) -> Any:
+    """What a transformer returned for one half of guidance, given for the other as well."""
+    return tree_map_only(torch.Tensor, lambda t: torch.cat([t, t]), output)

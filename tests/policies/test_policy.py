@@ -66,7 +66,7 @@ def policies(draw) -> BlockPolicy:
         kept.append(rule)
     return BlockPolicy.model_validate(
         {"name": draw(st.text(min_size=1)), "model": MODEL, "rules": kept}
-        | {"tuned_for": draw(extras), "evidence": draw(extras)}
+        | {"guidance_window": draw(windows), "tuned_for": draw(extras), "evidence": draw(extras)}
     )
 
 
@@ -90,7 +90,10 @@ def test_digest_is_of_behaviour(original, order):
     ]
     order.shuffle(singles)
     silent = Rule(blocks=range(8), action=ScaleText(operand="key", scale=1.0))
-    regrouped = BlockPolicy(name="other", model=original.model, rules=(*singles, silent), evidence={"a": 1})
+    regrouped = BlockPolicy(
+        name="other", model=original.model, rules=(*singles, silent), guidance_window=original.guidance_window,
+        evidence={"a": 1},
+    )  # fmt: skip
     assert regrouped.digest == original.digest
     assert regrouped != original
 
@@ -117,6 +120,18 @@ def test_digest_joins_windows_that_follow_on_each_other():
 )
 def test_digest_tells_behaviours_apart(other):
     assert policy(other).digest != policy({"blocks": [1], "action": scale()}).digest
+
+
+def test_digest_and_file_tell_a_guidance_window_and_only_then(tmp_path):
+    plain = policy()
+    assert not plain.acts
+    assert plain.model_copy(update={"guidance_window": (0.0, 1.0)}).digest == plain.digest
+    shorter = BlockPolicy(name="test", model=plain.model, rules=(), guidance_window=(0.0, 0.4))
+    assert shorter.acts
+    assert shorter.digest != plain.digest
+    for one, told in ((plain, None), (shorter, [0.0, 0.4])):
+        one.save(tmp_path / "policy.json")
+        assert json.loads((tmp_path / "policy.json").read_text()).get("guidance_window") == told
 
 
 def test_defaults_and_normal_form():
@@ -227,7 +242,10 @@ def test_content_is_frozen():
         (lambda: policy({"blocks": [1], "action": scale(scale=-2)}), r"rules\[0\].action.scale is -2; it should"),
         (lambda: policy({"blocks": [1], "action": scale(scope="local")}), r"rules\[0\].action.scope is 'local'"),
         (lambda: policy({"block": [1], "action": scale()}), r"rules\[0\].blocks is missing; Rule needs it"),
-        (lambda: policy(notes="x"), "notes is not a known field; known are name, model, rules, tuned_for, evidence"),
+        (
+            lambda: policy(notes="x"),
+            "notes is not a known field; known are name, model, rules, guidance_window, tuned_for, evidence",
+        ),
         (lambda: policy(evidence={"x": math.nan}), "evidence must be plain JSON with finite numbers only"),
         (lambda: policy(tuned_for={"x": {1}}), "tuned_for must be plain JSON"),
         (lambda: policy(schema_version=2), "schema_version is 2; this blocktune reads up to 1, update it"),
