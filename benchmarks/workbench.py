@@ -21,6 +21,7 @@ from blocktune.search.front import Baseline, Point
 from blocktune.search.generation import device_name, embed, generate, load, some
 from blocktune.search.prefixes import Prefixes
 from blocktune.search.prompts import read_prompts
+from blocktune.search.space import guidance_ends_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Way:
         told = "plain"
         if self.cache:
             told = f"{self.method} {self.name}"
-        elif self.policy and self.policy.rules:
+        elif self.policy and self.policy.acts:
             told = self.policy.digest[:24]
         return f"{told}-{self.steps}".replace(" ", "_").replace("/", "_")
 
@@ -154,6 +155,7 @@ class Workbench:
                 lambda: generate(self.pipe, prompts, rows, self.config.generation, self.steps),
                 repeats=3,
                 operands=self.config.space.operands,
+                unguided=len(guidance_ends_of(self.config)) > 1,
             )
             path.write_text(table.model_dump_json(indent=2) + "\n")
         return CostTable.model_validate_json(path.read_text())

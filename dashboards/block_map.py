@@ -32,14 +32,16 @@ def _policy(files: RunFiles, trial: Trial):
 
 def block_map(files: RunFiles, name: str) -> dict[str, Any]:
     """A map per branch that the rules tell apart: blocks x steps of letters, and which louder text each cell hears."""
+    from ..policies.policy import WHOLE_RUN
+
     trial = find(files, name)[0]
     policy, steps = _policy(files, trial), trial.attributes["steps"]
-    guided = any(rule.branch != "both" for rule in policy.rules)
+    guided = any(rule.branch != "both" for rule in policy.rules) or policy.guidance_window != WHOLE_RUN
     return {
         "steps": steps,
         "blocks": policy.model.num_blocks,
         "bands": _bands(policy.model.transformer, policy.model.num_blocks, files.config()),
-        "rules": _sentences(policy.rules),
+        "rules": _sentences(policy),
         "branches": [_layout(policy, steps, branch) for branch in (("cond", "uncond") if guided else ("both",))],
     }
 
@@ -89,12 +91,20 @@ def _scale(action) -> str:
     return f"text {action.operand}{' of ' + ', '.join(action.tokens) if tokens is None else tokens} × {action.scale:g}"
 
 
-def _sentences(rules) -> list[str]:
-    """What the rules say, in words; those that differ in their blocks alone are one sentence."""
+def _sentences(policy) -> list[str]:
+    """What the policy says, in words; rules that differ in their blocks alone are one sentence."""
+    from ..policies.policy import WHOLE_RUN
+
     blocks: dict[Any, set[int]] = {}
-    for rule in rules:
+    for rule in policy.rules:
         blocks.setdefault((rule.window, rule.branch, rule.action), set()).update(rule.blocks)
-    return [_sentence(sorted(those), *does) for does, those in blocks.items()]
+    said = [_sentence(sorted(those), *does) for does, those in blocks.items()]
+    if policy.guidance_window != WHOLE_RUN:
+        start, end = (f"{100 * x:g}" for x in policy.guidance_window)
+        said.append(
+            f"Guidance acts in {start}–{end} % of the run; at other steps its unconditional half is not computed"
+        )
+    return said
 
 
 def _sentence(blocks: list[int], window: tuple[float, float], branch: str, action) -> str:

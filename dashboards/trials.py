@@ -60,9 +60,11 @@ def read_trials(path: Path) -> tuple[list[Trial], dict[str, Any]]:
             asked = f"SELECT trial_id, key, value_json FROM trial_user_attributes WHERE key IN ({marks})"
             for trial, key, value in database.execute(asked, _ATTRIBUTES):
                 attributes.setdefault(trial, {})[key] = json.loads(value)
+            whole = "'[0.0,1.0]'"  # as SQLite writes it
             asked = (
-                "SELECT trial_id, json_array_length(value_json, '$.rules') FROM trial_user_attributes"
-                " WHERE key = 'policy'"
+                "SELECT trial_id, json_array_length(value_json, '$.rules')"
+                f" + (coalesce(json_extract(value_json, '$.guidance_window'), {whole}) <> {whole})"
+                " FROM trial_user_attributes WHERE key = 'policy'"
             )
             rules = dict(database.execute(asked))
             asked = "SELECT trial_id, value_json FROM trial_system_attributes WHERE key LIKE 'constraints:%'"

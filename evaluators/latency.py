@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model
 
 from ..policies import BlockPolicy, Plan, Rule, ScaleText, apply_policy
 from ..policies.architectures import ARCHITECTURES, block_slots, resolve
-from ..policies.policy import Branch, Operand
+from ..policies.policy import WHOLE_RUN, Branch, Operand
 from .evaluator import as_array
 
 _ADDITIONS = 20  # residual additions timed together
@@ -38,6 +38,8 @@ class CostTable(BaseModel):
     block_reuse: tuple[NonNegativeFloat, ...]  # adding each block's stored residuals
     # by operand, what scaling text in a block's attention adds to its forward; nothing where it was not measured
     block_scaled: dict[str, tuple[NonNegativeFloat, ...]] = {}
+    # what remains of a step's cost where one call is of both halves of guidance and only the conditional is computed
+    unguided: NonNegativeFloat = 1.0
     block_skip: NonNegativeFloat = 0.0  # a call of a thin wrapper, microseconds: not measured
     step_overhead: NonNegativeFloat  # per step beside the blocks: embeddings, guidance, scheduler
     run_overhead: NonNegativeFloat  # per run beside the denoising loop: text encoders, decoder
@@ -64,21 +66,29 @@ class CostTable(BaseModel):
                 raise ValueError(f"block_scaled.{operand} has {len(costs)} entries; accepted: {accepted}")
         return self
 
+    @property
+    def guided(self) -> bool:
+        """Whether the measured runs computed an unconditional half."""
+        return self.rows > self.batch or self.calls_per_step > 1
+
     def predict_policy(self, policy: BlockPolicy, num_steps: int) -> float:
         """Seconds of a run of `num_steps` steps of the scheduler under `policy`."""
         branches: tuple[Branch, ...] = ("both",)
         if ARCHITECTURES[policy.model.transformer].guidance == "calls":
             branches = ("cond", "uncond") if self.calls_per_step == 2 else ("cond",)
-        plans = [Plan.compile(policy, num_steps, branch=branch) for branch in branches]
-        scaled = (
-            costs[index]
-            for plan in plans
-            for row in plan.steps
-            for index, block in enumerate(row)
-            for operand, costs in self.block_scaled.items()
-            if any(action.operand == operand for _, action in block.scales)
-        )
-        return self.predict([row for plan in plans for row in plan.work]) + sum(scaled)
+        seconds = self.run_overhead
+        for branch in branches:
+            plan = Plan.compile(policy, num_steps, branch=branch)
+            for row, work, guided in zip(plan.steps, plan.work, plan.guided, strict=True):
+                scaled = (
+                    costs[index]
+                    for index, block in enumerate(row)
+                    for operand, costs in self.block_scaled.items()
+                    if any(action.operand == operand for _, action in block.scales)
+                )
+                step = self.predict([work]) - self.run_overhead + sum(scaled)
+                seconds += step if guided or branch != "both" else self.unguided * step
+        return seconds
 
     def predict(self, kinds: Sequence[Sequence[str]]) -> float:
         """Seconds of a run in which block `b` in call `i` does `kinds[i][b]`: "compute", "skip" or "reuse".
@@ -120,19 +130,21 @@ def time_runs(run: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> floa
 
 
 def measure_cost_table(
-    pipe: Any, call: Callable[[], Any], repeats: int = 5, operands: Sequence[Operand] = ()
+    pipe: Any, call: Callable[[], Any], repeats: int = 5, operands: Sequence[Operand] = (), unguided: bool = False
 ) -> CostTable:
     """Measure `pipe`, unmodified, by `repeats` runs of `call()` after an untimed one.
 
     `call` makes one whole generation with fixed prompts and steps and returns the pipeline's output, or its images.
-    For each of `operands`, but for `input`, which is free, one run more with text scaled in every block.
+    For each of `operands`, but for `input`, which is free, one run more with text scaled in every block. With
+    `unguided` one more without guidance, if that is one call of both halves.
     Forward hooks time the blocks and the transformer and are gone afterwards. The device should do nothing else.
     Raises ValueError for a compiled transformer, for any device but CPU and CUDA, when a block does not run once in
     each step, and when runs differ in their number of steps.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; accepted: 1 or more")
-    blocks = [slot.block for slot in block_slots(*resolve(pipe))]
+    transformer, architecture = resolve(pipe)
+    blocks = [slot.block for slot in block_slots(transformer, architecture)]
     if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in (pipe.transformer, *blocks)):
         raise ValueError("pipe has a compiled transformer, which timing hooks would recompile; accepted: an eager one")
     outputs, images = _survey(blocks, call)
@@ -144,6 +156,10 @@ def measure_cost_table(
         runs = [_time_run(pipe.transformer, blocks, call, cuda) for _ in range(repeats)]
         reuse = _time_reuse(outputs, repeats)
         scaled = {o: _time_scaled(pipe, blocks, call, cuda, o) for o in operands if o != "input"}
+        halves = unguided and architecture.guidance == "batched" and hidden.shape[0] == 2 * images.shape[0]
+        remains = (
+            _unguided_share(pipe, runs, lambda: _time_run(pipe.transformer, blocks, call, cuda)) if halves else 1.0
+        )
     steps = {run.steps for run in runs}
     if len(steps) != 1:
         raise ValueError(f"call ran {sorted(steps)} steps in different repeats; accepted: the same number every time")
@@ -161,6 +177,7 @@ def measure_cost_table(
         block_compute=tuple(compute),
         block_reuse=tuple(reuse),
         block_scaled=scaling,
+        unguided=remains,
         step_overhead=max(0.0, loop / count - sum(compute)),
         run_overhead=max(0.0, run_seconds - loop),
         run_seconds=run_seconds,
@@ -191,6 +208,7 @@ class _Run:
 
     seconds: float
     loop: float
+    later: float  # in the loop, from the second step on
     steps: int
     blocks: list[list[float]]
 
@@ -254,6 +272,7 @@ def _time_run(transformer: torch.nn.Module, blocks: list[torch.nn.Module], call:
     return _Run(
         seconds=whole,
         loop=min(whole, seconds(of_transformer[0], of_transformer[-1])),
+        later=seconds(of_transformer[2], of_transformer[-1]) if steps > 1 else 0.0,
         steps=steps,
         blocks=[[seconds(a, b) for a, b in zip(m[::2], m[1::2], strict=True)] for m in of_blocks],
     )
@@ -268,6 +287,16 @@ def _time_scaled(
     with apply_policy(pipe, policy):
         run = _time_run(pipe.transformer, blocks, call, cuda)
     return [statistics.median(seconds) for seconds in run.blocks]
+
+
+def _unguided_share(pipe: Any, guided: Sequence[_Run], time_run: Callable[[], _Run]) -> float:
+    """What a run in which guidance acts at the first step alone takes afterwards, as a share of guided runs."""
+    later, steps = statistics.median(run.later for run in guided), guided[0].steps
+    if later == 0:
+        return 1.0
+    policy = BlockPolicy.for_model(pipe, "unguided", [], guidance_window=(WHOLE_RUN[0], 0.5 / steps))
+    with apply_policy(pipe, policy):
+        return min(1.0, time_run().later / later)
 
 
 def _time_reuse(outputs: list[tuple[_Output, ...]], repeats: int) -> list[float]:

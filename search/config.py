@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -97,7 +97,8 @@ class Space(_Section):
     text_until: tuple[float, ...] = Field(default=(0.15, 0.3, 1.0), description="where louder text may end")
     skip: bool = Field(default=True, description="also try to skip one block late in the run")
     steps: tuple[PositiveInt, ...] = Field(
-        default=(12, 8), description="fewer steps than generation.num_inference_steps that a candidate may take as well"
+        default=(16, 12, 8),
+        description="fewer steps than generation.num_inference_steps that a candidate may take as well",
     )
     anchor_steps: tuple[PositiveInt, ...] = Field(
         default=(12, 8), description="the unmodified model at so many steps is an anchor: what a policy has to beat"
@@ -106,6 +107,11 @@ class Space(_Section):
         default=(),
         description="other scales of guidance than generation.guidance_scale that a candidate may take as well; the "
         "unmodified model at each is an anchor",
+    )
+    guidance_until: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.3, 0.4, 0.6),
+        description="where guidance may end, a fraction of the run: after it the unconditional half is not computed; "
+        "the end of the run is always a choice; none for a model without that half, as FLUX.1-dev",
     )
 
 
@@ -261,8 +267,9 @@ class Config(_Section):
         """What makes two searches the same study: model, sampling, prompts, what is wanted and space; not budget."""
         wanted = {"model", "generation", "prompts", "objectives", "constraints", "space"}
         told = self.model_dump(mode="json", include=wanted)
-        if not self.space.guidance_scale:
-            del told["space"]["guidance_scale"]  # studies of before there was the choice are the same
+        for choice in ("guidance_scale", "guidance_until"):
+            if not told["space"][choice]:
+                del told["space"][choice]  # studies of before there was the choice are the same
         return told
 
 
@@ -348,6 +355,8 @@ def _accepted(told: dict[str, Any]) -> str:
     word = {"integer": "whole number", "null": "nothing", "object": "mapping"}.get(kind, kind)
     if "exclusiveMinimum" in told:
         word += f" above {told['exclusiveMinimum']:g}"
+    if "exclusiveMaximum" in told:
+        word += f"{' and' if 'exclusiveMinimum' in told else ''} below {told['exclusiveMaximum']:g}"
     return word
 
 

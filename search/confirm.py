@@ -4,6 +4,7 @@ import json
 
 from ..evaluators import Interval, get, paired_interval, scale_of
 from ..policies import BlockPolicy
+from ..policies.policy import WHOLE_RUN
 from .candidate import Candidate
 from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, spread
 from .pool import Job
@@ -62,7 +63,7 @@ def confirm(study: Study) -> list[Confirmed]:
 
     confirmed = [
         Confirmed(
-            name=p.name, key=p.key, steps=p.steps, anchor=p.anchor, rules=len(policies[p.key].rules),
+            name=p.name, key=p.key, steps=p.steps, anchor=p.anchor, rules=_told(policies[p.key]),
             alignment=interval(p, config.objectives.alignment),
             quality=interval(p, config.objectives.quality),
             reported={name: interval(p, name) for name in config.objectives.reported},
@@ -99,6 +100,11 @@ def confirm(study: Study) -> list[Confirmed]:
     }
     run.write_json(run.confirmed, record)
     return confirmed
+
+
+def _told(policy: BlockPolicy) -> int:
+    """How many things the policy tells a model to do: its rules, and a window of guidance."""
+    return len(policy.rules) + (policy.guidance_window != WHOLE_RUN)
 
 
 def _file(study: Study, name: str, member: Confirmed, candidate: Candidate, compared: int) -> BlockPolicy:

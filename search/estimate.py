@@ -14,9 +14,10 @@ from ..evaluators import CostTable, get, minimum_detectable_difference, scale_of
 from .config import Config, ConfigError, parsed
 from .prompts import read_prompts
 from .run_directory import RunDirectory
-from .space import anchors, distributions, steps_of
+from .space import anchors, distributions, guidance_ends_of, steps_of
 
-TABLE_RUNS = 4  # of one batch: an untimed one and three repeats; one more for each operand inside the attention
+# of one batch: an untimed one and three repeats; one more for each operand inside the attention, and for guidance's end
+TABLE_RUNS = 4
 # Standard deviation of a policy's differences, as a share of the evaluator's scale. Of the policies confirmed on the
 # bundled model those that held lie between 0.06 and 0.2, those that change many pictures at 0.3 to 0.5.
 TYPICAL_SPREAD = 0.15
@@ -94,8 +95,9 @@ def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) 
     batch = min(config.generation.batch, counts["search"])
     blocks = len(table.block_compute) if table else config.space.bands
     compared = _compared(config, blocks)
+    more = sum(operand != "input" for operand in config.space.operands) + (len(guidance_ends_of(config)) > 1)
     pictures = {
-        "cost table": (TABLE_RUNS + sum(operand != "input" for operand in config.space.operands)) * batch,
+        "cost table": (TABLE_RUNS + more) * batch,
         "baseline": counts["search"],
         "search": config.search.trials * counts["search"],
         "confirm": (1 + compared) * counts["confirm"],

@@ -127,7 +127,7 @@ def generate(
             "output_type": "pt", "max_sequence_length": generation.max_sequence_length,
         }  # fmt: skip
         arguments |= some(rows, part) | _guidance(pipe, generation)
-        applied = apply_policy(pipe, policy) if policy is not None and policy.rules else nullcontext()
+        applied = apply_policy(pipe, policy) if policy is not None and policy.acts else nullcontext()
         run = (steps, generation.guidance_scale, tuple(prompts[part]))
         with applied, prefixes.shared(pipe, policy, run) if prefixes else nullcontext():
             pixels = pipe(**_accepted(pipe.__call__, arguments)).images

@@ -41,6 +41,7 @@ class Course:
 def course(policy: BlockPolicy | None, num_steps: int, start: int, branches: tuple[Branch, ...]) -> Course:
     """What a run under `policy` does from step `start` on; `branches` are guidance's, of a call each."""
     plans = [Plan.compile(policy, num_steps, start, branch) for branch in branches] if policy else []
+    alone = [branches == ("both",) and not guided for guided in plans[0].guided] if plans else [False] * num_steps
     digest, digests, open_at, held, plain = repr((num_steps, start)).encode(), [], [], 0, num_steps
     for step in range(num_steps):
         rows = [plan.steps[step] for plan in plans]
@@ -51,12 +52,12 @@ def course(policy: BlockPolicy | None, num_steps: int, start: int, branches: tup
             for i, b in enumerate(row)
             if b.kind != "compute" or b.scales
         ]
-        if acts:
+        if acts or alone[step]:
             plain = min(plain, step)
         if not held:
             open_at.append(step)
         held += sum(b.keeps - b.releases for row in rows for b in row)
-        digest = hashlib.sha256(digest + repr(acts).encode()).digest()
+        digest = hashlib.sha256(digest + repr((acts, alone[step])).encode()).digest()
         digests.append(digest)
     return Course(tuple(digests), plain, dict(pairwise([*open_at, num_steps])))
 

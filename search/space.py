@@ -34,6 +34,12 @@ def guidance_of(config: Config) -> tuple[float, ...]:
     return tuple(sorted({config.generation.guidance_scale, *config.space.guidance_scale}))
 
 
+def guidance_ends_of(config: Config) -> tuple[float, ...]:
+    """Where a candidate's guidance may end, the end of the run last; nowhere else where the model is not guided."""
+    earlier = config.space.guidance_until if config.generation.guidance_scale > 1 else ()
+    return (*sorted(set(earlier)), 1.0)
+
+
 def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distributions.BaseDistribution]:
     """Optuna's view of the space. Actions are categorical (ordinal ones mislead TPE), scales lie on a log axis."""
     categorical, real = optuna.distributions.CategoricalDistribution, optuna.distributions.FloatDistribution
@@ -47,6 +53,8 @@ def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distribut
         choices["steps"] = categorical(steps_of(config))
     if len(guidance_of(config)) > 1:
         choices["guidance_scale"] = categorical(guidance_of(config))
+    if len(guidance_ends_of(config)) > 1:
+        choices["guidance_until"] = categorical(guidance_ends_of(config))
     for i in range(len(bands(space, num_blocks))):
         choices[f"scale_{i}"] = real(1.0, space.max_scale, log=True)
         choices[f"reuse_{i}"] = categorical((1, *space.reuse_every))
@@ -86,7 +94,8 @@ def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name
         rules.append(Rule(blocks=(skipped,), window=(params["skip_from"], 1.0), action=Skip()))
     own = config.generation
     steps, guidance = params.get("steps", own.num_inference_steps), params.get("guidance_scale", own.guidance_scale)
-    policy = BlockPolicy(name=name, model=model, rules=tuple(rules))
+    until = (0.0, params.get("guidance_until", 1.0))
+    policy = BlockPolicy(name=name, model=model, rules=tuple(rules), guidance_window=until)
     return Candidate(policy, steps, guidance if guidance != own.guidance_scale else None)
 
 
@@ -123,11 +132,14 @@ def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
     plain |= {f"scale_{i}": 1.0 for i in range(count)} | {f"reuse_{i}": 1 for i in range(count)}
     if space.skip:
         plain |= {"skip": 0, "skip_from": NEVER}
-    plain |= {"steps": own.num_inference_steps, "guidance_scale": own.guidance_scale}
+    plain |= {"steps": own.num_inference_steps, "guidance_scale": own.guidance_scale, "guidance_until": 1.0}
     points = {"unmodified": plain}
     points |= {f"{steps} steps": plain | {"steps": steps} for steps in space.anchor_steps if steps < plain["steps"]}
     others = [scale for scale in guidance_of(config) if scale != own.guidance_scale]
     points |= {f"guidance {scale:g}": plain | {"guidance_scale": scale} for scale in others}
+    if earlier := guidance_ends_of(config)[:-1]:
+        end = earlier[len(earlier) // 2]
+        points[f"guidance until {end:g}"] = plain | {"guidance_until": end}
     for every in space.reuse_every[-2:]:
         points[f"late reuse {every}"] = plain | {f"reuse_{i}": every for i in range(count)}
     louder = "value" if "value" in space.operands else space.operands[0]

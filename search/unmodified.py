@@ -6,12 +6,12 @@ import numpy as np
 
 from ..evaluators import CostTable, Prompt, get, scale_of
 from .candidate import Candidate
-from .config import Config
+from .config import Config, ConfigError
 from .front import Baseline
 from .pool import Job, Pool
 from .progress import Display
 from .run_directory import RunDirectory
-from .space import steps_of
+from .space import guidance_ends_of, steps_of
 
 
 class Unmodified:
@@ -28,6 +28,11 @@ class Unmodified:
             (job,) = pool.run([Job("cost_table", ())])
             run.write_text(table, job.result.model_dump_json(indent=2) + "\n")
         self.costs = CostTable.model_validate_json(table.read_text())
+        if len(guidance_ends_of(config)) > 1 and not self.costs.guided:
+            raise ConfigError(
+                f"space.guidance_until is {list(config.space.guidance_until)}; accepted: [], for this model "
+                "computes no unconditional half that could be left out."
+            )
         if not (run.scores / "unmodified.parquet").exists():
             display.say("generating with the unmodified model")
             (job,) = pool.run([Job("measure", (plain, "search", None))])

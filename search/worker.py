@@ -21,6 +21,7 @@ from .generation import Rows, device_name, embed, generate, load, some
 from .prefixes import Prefixes
 from .prompts import read_prompts
 from .scoring import Scorer, score
+from .space import guidance_ends_of
 
 T = TypeVar("T")
 
@@ -189,8 +190,10 @@ class Worker:
         """Seconds of every part of a run of one batch; the device must be quiet."""
         steps = self.generation.num_inference_steps
         run = lambda: generate(self.pipe, *self._batch("search"), self.generation, steps)  # noqa: E731
-        operands = self.config.space.operands
-        return self._fitting(lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands))
+        operands, unguided = self.config.space.operands, len(guidance_ends_of(self.config)) > 1
+        return self._fitting(
+            lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands, unguided=unguided)
+        )
 
     def time(self, candidates: list[Candidate], repeats: int) -> list[float]:
         """Measured seconds of one batch of each, taken in turn so that drift hits all alike."""

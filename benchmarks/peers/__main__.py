@@ -1,10 +1,11 @@
 """blocktune beside its peers: python -m benchmarks.peers [--size full|small] [--run DIR] [--out DIR] [--processes N]
 
-One model, the same prompts, seeds, dtype and device: fewer steps, FORA, first-block cache, TaylorSeer,
-MagCache, DBCache, BudCache's step masks, ECAD's evolution, TexTailor's louder text with random sets beside it, and
-blocktune. Methods that search do so on the search prompts, those with a budget on equal numbers of pictures; every
-setting is then scored on held-out prompts with other seeds, and all are timed in turn. Compared is at equal measured
-seconds. A sweep's best is picked on the held-out prompts themselves, for every method alike, and so flatters all.
+One model, the same prompts, seeds, dtype and device: fewer steps, guidance in an interval, the two together, FORA,
+first-block cache, TaylorSeer, MagCache, DBCache, BudCache's step masks, ECAD's evolution, TexTailor's louder text with
+random sets beside it, and blocktune. Methods that search do so on the search prompts, those with a budget on equal
+numbers of pictures; every setting is then scored on held-out prompts with other seeds, and all are timed in turn.
+Compared is at equal measured seconds. A sweep's best is picked on the held-out prompts themselves, for every method
+alike, and so flatters all.
 
 `--run` takes the policies of a finished search in place of a search in this process. What was measured stays in the
 folder, so the same command goes on after an interruption, and so several processes can share in drawing, on all GPUs of
@@ -86,6 +87,17 @@ def regular(bench: Workbench) -> list[Way]:
     return ways
 
 
+def intervals(bench: Workbench) -> list[Way]:
+    """Guidance in the first part of the run, and that in fewer steps as well."""
+    ways = []
+    for until in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8):
+        policy = BlockPolicy(name=f"until {until:g}", model=bench.model, rules=(), guidance_window=(0.0, until))
+        ways.append(Way("guidance interval", policy.name, bench.steps, policy))
+        fewer = (round(bench.steps * share) for share in (0.4, 0.5, 0.6, 0.8) if 0.3 <= until <= 0.5)
+        ways += [Way("interval, fewer steps", f"{n} steps, {policy.name}", n, policy) for n in fewer]
+    return ways
+
+
 def of_run(bench: Workbench, size: Size, run: Path) -> list[Way]:
     """The policies that a finished search exported."""
     paths = sorted((run / "policies").glob("*.json"))
@@ -110,6 +122,7 @@ def stages(bench: Workbench, size: Size, run: Path | None) -> dict[str, Callable
         "caches": lambda: caches.ways(bench),
         "louder input": lambda: louder(bench, "input", pictures, size.random_sets),
         "louder value": lambda: louder(bench, "value", pictures, size.random_sets),
+        "guidance intervals": lambda: intervals(bench),
         "regular": lambda: regular(bench),
     }
     for n in budgets:

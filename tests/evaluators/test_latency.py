@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from blocktune.evaluators import CostTable, measure_cost_table, time_runs
-from blocktune.policies import BlockPolicy, Reuse, Rule, Skip
+from blocktune.policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from blocktune.policies.architectures import ARCHITECTURES, Architecture, Blocks
 from blocktune.policies.plan import Plan
 from pydantic import ValidationError
@@ -328,3 +328,35 @@ def test_calls_per_step_are_counted(guidance):
     assert table.steps == 3 * table.calls_per_step
     plain = BlockPolicy.for_model(pipe, "plain", [])
     assert table.predict_policy(plain, 3) == pytest.approx(table.run_seconds, rel=1e-6)
+
+
+def test_steps_without_guidance_cost_a_share(pipe):
+    table = measure_cost_table(pipe, lambda: generate(pipe), repeats=2, unguided=True)
+    assert table.guided
+    assert 0 < table.unguided <= 1
+    assert measure_cost_table(pipe, lambda: generate(pipe, guidance=1.0), repeats=1, unguided=True).unguided == 1.0
+    table = table.model_copy(update={"unguided": 0.6, "block_scaled": {"value": (0.5,) * BLOCKS}})
+    reuse = Rule(blocks=range(BLOCKS), window=(0.4, 1.0), action=Reuse())  # of steps 2 to 4
+    louder = Rule(blocks=[1], window=(0.8, 1.0), action=ScaleText(operand="value", scale=2))
+
+    def predicted(*rules: Rule, window: tuple[float, float]) -> float:
+        return table.predict_policy(BlockPolicy.for_model(pipe, "x", rules, guidance_window=window), STEPS)
+
+    step = table.step_overhead + sum(table.block_compute)
+    assert predicted(window=(0, 0.4)) == pytest.approx(table.run_overhead + (2 + 3 * 0.6) * step)
+    assert predicted(window=(0.2, 1)) == pytest.approx(table.run_overhead + 4.6 * step)
+    assert predicted(louder, window=(0, 0.4)) == pytest.approx(predicted(window=(0, 0.4)) + 0.6 * 0.5)
+    reused = table.step_overhead + table.block_reuse[0]
+    assert predicted(reuse, window=(0, 0.6)) == pytest.approx(table.run_overhead + 2 * step + 2.2 * reused)
+
+
+def test_steps_without_guidance_leave_a_call_out_where_guidance_makes_two():
+    pipe = qwen_image_pipeline()
+    guided = {"prompt": "a cat", "negative_prompt": "a dog", "true_cfg_scale": 3.0, "num_inference_steps": 4}
+    sizes = {"height": 16, "width": 16, "max_sequence_length": 16, "output_type": "np"}
+    table = measure_cost_table(pipe, lambda: pipe(**guided, **sizes), repeats=1, unguided=True)
+    assert table.guided
+    assert table.unguided == 1.0
+    blocks = sum(table.block_compute)
+    predicted = table.predict_policy(BlockPolicy.for_model(pipe, "x", [], guidance_window=(0, 0.5)), 4)
+    assert predicted == pytest.approx(table.run_overhead + 8 * table.step_overhead + 6 * blocks)

@@ -121,7 +121,14 @@ def test_what_ran_at_the_kill_is_run_again_once(killed: list[FrozenTrial], ended
 def test_every_anchor_was_measured(ended: list[FrozenTrial]) -> None:
     counted = [t for t in ended if t.state == TrialState.COMPLETE or "reason" in t.user_attrs]
     names = [t.user_attrs["anchor"] for t in counted if "anchor" in t.user_attrs]
-    assert sorted(names) == ["3 steps", "all text up", "late reuse 4", "late reuse 6", "unmodified"]
+    assert sorted(names) == [
+        "3 steps",
+        "all text up",
+        "guidance until 0.4",
+        "late reuse 4",
+        "late reuse 6",
+        "unmodified",
+    ]
 
 
 def test_faults_are_failed_trials_with_a_reason(ended: list[FrozenTrial]) -> None:

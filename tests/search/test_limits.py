@@ -14,7 +14,7 @@ from blocktune.search.storage import stands
 
 from .test_prior import ORIGINS, probe_table
 
-ANCHORS = 5
+ANCHORS = 6
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,8 @@ def maker(request, tiny_sd3_pipeline):
     decode = pipe.vae.decode
     pipe.vae.decode = lambda z, *args, **kwargs: (latents.append(z.clone()), decode(z, *args, **kwargs))[1]
 
-    def make(rules=(), prefixes=None, steps=STEPS, prompts=PROMPTS, guidance=4.0):
-        policy = BlockPolicy.for_model(pipe, "one", list(rules)) if rules else None
+    def make(rules=(), prefixes=None, steps=STEPS, prompts=PROMPTS, guidance=4.0, window=(0.0, 1.0)):
+        policy = BlockPolicy.for_model(pipe, "one", list(rules), guidance_window=window)
         latents.clear()
         guided = generation.model_copy(update={"guidance_scale": guidance})
         images = generate(pipe, prompts, rows, guided, steps, policy, prefixes)
@@ -68,6 +68,17 @@ def test_a_policy_begins_where_it_first_acts(maker):
     assert check(maker, prefixes, [late(Reuse(every=3), 0.0)]) == 0
     assert check(maker, prefixes, steps=6) == 0  # another schedule
     assert check(maker, prefixes, prompts=PROMPTS[::-1]) == 0  # other pictures
+
+
+def test_guidance_in_a_part_of_the_run_is_shared_up_to_its_end(maker):
+    prefixes = Prefixes(GENEROUS)
+    check(maker, prefixes)
+    reuse = [late(Reuse(), 0.25)]  # from step 2, a residual of step 1
+    assert check(maker, prefixes, window=(0.0, 0.5)) == 4 / 8
+    assert check(maker, prefixes, window=(0.0, 0.75)) == 6 / 8
+    assert check(maker, prefixes, reuse, window=(0.0, 0.5)) == 1 / 8
+    assert check(maker, prefixes, reuse, window=(0.0, 0.5)) == 1
+    assert check(maker, prefixes, window=(0.25, 1.0)) == 0
 
 
 def test_another_guidance_shares_nothing(maker):

@@ -31,6 +31,7 @@ OWN = 6.0  # guidance
 spaces = st.builds(
     Space, bands=st.integers(1, 20), skip=st.booleans(), steps=st.sampled_from([(14,), (20,), ()]),
     guidance_scale=st.sampled_from([(), (4.0, 8.5), (6.0,), (8.5, 6.0, 4.0, 4.0)]),
+    guidance_until=st.sampled_from([(), (0.4,), (0.6, 0.3, 0.3)]),
     operands=st.sampled_from([("input",), ("key", "value", "logit"), ("input", "value")]),
 )  # fmt: skip
 configs = st.builds(
@@ -49,6 +50,7 @@ def test_every_proposal_is_a_policy_that_plans(model: ModelIdentity, drawn: tupl
     chosen = candidate(values, config, model, "x")
     kinds = Plan.compile(chosen.policy, chosen.steps).kinds
     assert len(kinds) == chosen.steps == values.get("steps", 20)
+    assert chosen.policy.guidance_window == (0.0, values.get("guidance_until", 1.0))
     guidance = values.get("guidance_scale", OWN)
     assert chosen.guidance_scale == (None if guidance == OWN else guidance)
     assert {len(row) for row in kinds} == {12}
@@ -67,6 +69,7 @@ def test_choices_without_effect_do_not_change_the_key(
     silent = values | {f"reuse_{i}": 1 for i in range(count)} | {"skip_from": NEVER}
     plain = anchors(config, 12)["unmodified"] | {"steps": values.get("steps", 20)}
     plain |= {"guidance_scale": values.get("guidance_scale", OWN)}
+    plain |= {"guidance_until": values.get("guidance_until", 1.0)}
     for quiet in ({"operand": QUIET}, {f"scale_{i}": 1.0 for i in range(count)}):
         assert candidate(silent | quiet, config, model, "a").key == candidate(plain, config, model, "b").key
 
@@ -126,10 +129,13 @@ def test_anchors_lie_in_the_space_but_for_their_steps(config: Config) -> None:
     choices = distributions(config, 12)
     points = anchors(config, 12)
     guided = sorted({*config.space.guidance_scale} - {OWN})
-    assert [values["steps"] for values in points.values()] == [20, 12, 8, *(20 for _ in guided), 20, 20, 20]
-    assert [values["guidance_scale"] for values in points.values()] == [OWN] * 3 + guided + [OWN] * 3
+    ends = sorted({*config.space.guidance_until})
+    shorter = [ends[len(ends) // 2]] if ends else []
+    assert [values["steps"] for values in points.values()] == [20, 12, 8] + [20] * (len(guided) + len(shorter) + 3)
+    assert [values["guidance_scale"] for values in points.values()] == [OWN] * 3 + guided + [OWN] * (len(shorter) + 3)
+    assert [v["guidance_until"] for v in points.values()] == [1.0] * (3 + len(guided)) + shorter + [1.0] * 3
     for values in points.values():
-        assert choices.keys() <= values.keys() <= choices.keys() | {"steps", "guidance_scale"}
+        assert choices.keys() <= values.keys() <= choices.keys() | {"steps", "guidance_scale", "guidance_until"}
         for name in choices.keys() - {"steps"}:
             assert choices[name]._contains(choices[name].to_internal_repr(values[name])), name
 
