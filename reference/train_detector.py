@@ -2,7 +2,7 @@
 
 A Mask2Former (transformers) small enough to ship, that finds the six shapes and a mask of each. The loss is that of its
 authors (class, mask and dice after a matching, at every layer of the decoder), but on every pixel of the picture
-instead of a sample of points: there are few. It learns from renderings and, as it is to judge those, from pictures that
+instead of a sample of points: there are few. It learns from renderings, and from pictures like those it judges, which
 the bundled pipeline makes; what the exact judge finds in either is what it has to find.
 
 `weights/detector/training.json` tells how the one that ships was made: first from renderings alone, then on with
@@ -44,7 +44,7 @@ CROWDED, CLOSEST = 0.5, 4.0  # share of scenes whose objects may touch, by up to
 PLACES = 8  # objects that a picture may hold
 TOGETHER = 64  # pictures generated at once
 FIRST_SEED = 4_000_000  # of generated pictures; no split of prompts has such
-SHARPER, SURER = 8.0, 3.0  # the trained logits of masks, and of classes, are multiplied by that
+SHARPER, SURER = 8.0, 2.0  # the trained logits of masks, and of classes, are multiplied by that
 
 
 def new_detector() -> Any:
@@ -127,18 +127,6 @@ def find_all(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(owners), torch.from_numpy(labels)
 
 
-def evened(labels: torch.Tensor) -> torch.Tensor:
-    """How often to draw each picture, `(n,)` of mean 1: all shapes equally often, of which prompts ask unequally.
-
-    `labels` as `find_all` gives them; a picture without objects counts as one of them all.
-    """
-    named = F.one_hot(labels + 1, len(SHAPES) + 1)[:, :, 1:].sum(1).float()  # (n, shapes)
-    rarity = 1 / named.sum(0).clamp(min=1)
-    count = named.sum(1)
-    weights = torch.where(count > 0, (named @ rarity) / count.clamp(min=1), rarity.mean())
-    return weights / weights.mean() if len(weights) else weights
-
-
 def match(classes: torch.Tensor, masks: torch.Tensor, labels: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """Which query finds each object, `(n, PLACES)`, by the least cost; where there is no object, any.
 
@@ -193,22 +181,18 @@ def train(model: Any, args: argparse.Namespace) -> int:
         images = np.concatenate([images, np.load(kept)])
     owners, labels = (found.to(device) for found in find_all(images))
     shown = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-    weights = torch.cat([torch.ones(args.scenes), evened(labels[args.scenes :].cpu())]).to(device)
     places = torch.arange(1, PLACES + 1, dtype=torch.uint8, device=device).view(1, -1, 1, 1)
     print(f"{len(shown)} pictures, {time.monotonic() - began:.0f} s", flush=True)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
     model.train()
 
     def loss_of_step(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = weights.multinomial(args.batch, replacement=True, generator=generator)
+        rows = torch.randint(len(shown), (args.batch,), generator=generator, device=device)
         clean, masks = shown[rows].float() / 255, owners[rows, None] == places
         faulty = degrade(clean, torch.rand(args.batch, generator=generator, device=device), generator)
         chosen = torch.rand(args.batch, 1, 1, 1, generator=generator, device=device) < DEGRADED
         seen = torch.where(chosen, faulty, clean)
-        # every shape and the ground are the same when mirrored, and in other colours
-        channels = torch.rand(args.batch, 3, generator=generator, device=device).argsort(1)
-        seen = seen.gather(1, channels[:, :, None, None].expand_as(seen))
-        mirrored = torch.rand(args.batch, 1, 1, 1, generator=generator, device=device) < 0.5
+        mirrored = torch.rand(args.batch, 1, 1, 1, generator=generator, device=device) < 0.5  # as every shape may be
         seen, masks = torch.where(mirrored, seen.flip(3), seen), torch.where(mirrored, masks.flip(3), masks)
         seen = F.interpolate(seen, (PIXELS, PIXELS), mode="bilinear")
         output = model((seen - mean) / std, output_auxiliary_logits=True)

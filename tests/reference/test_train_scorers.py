@@ -95,15 +95,6 @@ def test_no_prompt_that_a_detector_is_judged_by_is_trained_on():
     assert 0.5 < np.mean([prompt.kind == "counting" for prompt in chosen]) < 0.7
 
 
-def test_every_shape_of_generated_pictures_is_met_equally_often():
-    labels = torch.tensor([[0, 0, -1], [0, 0, -1], [0, -1, -1], [1, -1, -1], [-1, -1, -1]])
-    weights = train_detector.evened(labels)
-    assert weights.mean().item() == pytest.approx(1)
-    assert (weights[:3] * torch.tensor([2, 2, 1])).sum().item() == pytest.approx(weights[3].item())  # of objects
-    assert 0 < weights[4] < weights[3]
-    assert train_detector.evened(labels[:0]).tolist() == []
-
-
 def test_the_detector_learns_what_the_exact_judge_finds():
     """The third and the fourth object touch, and are no shape together."""
     scene = [Object(*o) for o in (("ring", "red", 10.0, 10.0, 8.0), ("cross", "blue", 36.0, 10.0, 6.0))]
