@@ -76,9 +76,9 @@ def fit(
     return checkpoint.done
 
 
-def write_record(args: argparse.Namespace, steps: int, seconds: float) -> None:
-    """`training.json` beside the weights."""
+def write_record(args: argparse.Namespace, steps: int, seconds: float, **more: Any) -> None:
+    """`training.json` beside the weights; `more` is what only one trainer has."""
     record = {"steps": steps, "batch": args.batch, "lr": args.lr, "scenes": args.scenes, "seed": args.seed}
-    record |= {"device": args.device, "seconds": round(seconds), "torch": torch.__version__}
+    record |= more | {"device": args.device, "seconds": round(seconds), "torch": torch.__version__}
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"saved {args.out}", flush=True)

@@ -6,7 +6,7 @@ for, exactly as many where the prompt counts, colours and the relation as asked.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import ndimage
@@ -24,11 +24,15 @@ _MIN_ASPECT = 0.62
 
 @dataclass(frozen=True)
 class Found:
-    """An object seen in a picture; `shape` is None where it looks like none. Box is (x0, y0, x1, y1) in pixels."""
+    """An object seen in a picture; `shape` is None where it looks like none. Box is (x0, y0, x1, y1) in pixels.
+
+    The mask, bool `(y1 - y0, x1 - x0)`, says which pixels of the box are the object's.
+    """
 
     shape: str | None
     color: str
     box: tuple[int, int, int, int]
+    mask: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def agrees(self, thing: Thing) -> float:
         """1 for the shape and colour asked for, 0.5 where only one of two is right, else 0."""
@@ -88,7 +92,7 @@ def find_objects(image: np.ndarray) -> list[Found]:
             if overlap.max() >= _MIN_IOU:
                 shape = SHAPES[int(overlap.argmax())]
         rows, columns = window
-        found.append((area, Found(shape, color, (columns.start, rows.start, columns.stop, rows.stop))))
+        found.append((area, Found(shape, color, (columns.start, rows.start, columns.stop, rows.stop), mask)))
     return [f for _, f in sorted(found, key=lambda pair: -pair[0])]
 
 

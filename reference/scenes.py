@@ -117,8 +117,8 @@ def sample_request(kind: str, rng: np.random.Generator) -> Request:
     raise ValueError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}")
 
 
-def sample_scene(request: Request, rng: np.random.Generator) -> list[Object]:
-    """Objects that fulfil `request`, unnamed colours drawn freely, placed so that none touch."""
+def sample_scene(request: Request, rng: np.random.Generator, gap: float = GAP) -> list[Object]:
+    """Objects that fulfil `request`, unnamed colours drawn freely, placed at least `gap` pixels apart: none touch."""
     wanted: list[tuple[str, str]] = []
     for thing in request.things:
         color = thing.color or str(rng.choice(list(COLORS)))
@@ -131,7 +131,7 @@ def sample_scene(request: Request, rng: np.random.Generator) -> list[Object]:
                 margin = radius + 1.5
                 x, y = (float(v) for v in rng.uniform(margin, SIZE - margin, 2))
                 # shapes reach at most `radius` along each axis, so a gap in one axis is a gap
-                if all(max(abs(x - px), abs(y - py)) > radius + pr + GAP for px, py, pr in placed):
+                if all(max(abs(x - px), abs(y - py)) > radius + pr + gap for px, py, pr in placed):
                     placed.append((x, y, radius))
                     break
             else:

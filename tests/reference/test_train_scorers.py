@@ -9,10 +9,13 @@ import torch
 from blocktune.evaluators.aesthetic import AestheticV2
 from blocktune.evaluators.clip_scores import HpsV21
 from blocktune.evaluators.detection import InstanceDetector
-from blocktune.reference import train_aesthetic, train_clip, train_detector
-from blocktune.reference.scenes import SHAPES, SIZE, render
+from blocktune.reference import prompts, train_aesthetic, train_clip, train_detector
+from blocktune.reference.prompts import PER_KIND
+from blocktune.reference.scenes import SHAPES, SIZE, Object, render
+from blocktune.reference.scorers import DETECTOR
 from blocktune.reference.train import sample_pairs
 from PIL import Image
+from safetensors.torch import load_file
 
 PICTURES = [
     Image.fromarray(np.uint8(255 * picture))
@@ -53,17 +56,58 @@ def test_a_stopped_training_of_the_clip_goes_on(tmp_path: Path, run):
 
 
 def test_a_stopped_training_of_the_detector_goes_on(tmp_path: Path, run):
-    sizes = ("--device", "cpu", "--scenes", 8, "--batch", 4, "--work", tmp_path, "--out", tmp_path / "detector")
-    run(train_detector, *sizes, "--steps", 2)
+    sizes = ("--device", "cpu", "--scenes", 8, "--generated", 4, "--batch", 4, "--work", tmp_path)
+    run(train_detector, *sizes, "--out", tmp_path / "detector", "--steps", 2)
     before = torch.load(tmp_path / "detector.pt", weights_only=True)
-    run(train_detector, *sizes, "--steps", 3)
+    kept = np.load(tmp_path / "generated-4-0.npy")
+    run(train_detector, *sizes, "--out", tmp_path / "detector", "--steps", 3)
     after = torch.load(tmp_path / "detector.pt", weights_only=True)
     assert (before["done"], after["done"]) == (2, 3)
     assert not torch.equal(before["model"]["class_predictor.weight"], after["model"]["class_predictor.weight"])
+    assert kept.shape == (4, SIZE, SIZE, 3)
+    assert kept.std() > 10
     detector = InstanceDetector(tmp_path / "detector", shortest=64, longest=64)
     assert detector.labels == SHAPES
     for found in detector.detect(PICTURES, [set(SHAPES)] * 3):
         assert all(d.mask is not None and d.mask.shape == (SIZE, SIZE) for d in found)
+
+
+def test_training_from_a_detector_begins_with_what_it_sees(tmp_path: Path, run):
+    """A rate of nothing leaves it as it was, but for half precision and the statistics of the backbone's batches."""
+    sizes = ("--device", "cpu", "--scenes", 8, "--generated", 0, "--batch", 4, "--work", tmp_path)
+    run(train_detector, *sizes, "--start", DETECTOR, "--out", tmp_path / "detector", "--steps", 1, "--lr", 0)
+    states = [load_file(folder / "model.safetensors") for folder in (DETECTOR, tmp_path / "detector")]
+    heads = [name for name in states[0] if "decoder" in name]
+    assert heads
+    assert all(torch.equal(states[0][name], states[1][name]) for name in heads)
+    surer = states[1]["class_predictor.weight"] / states[0]["class_predictor.weight"]
+    assert surer.unique().tolist() == [train_detector.SURER]
+    assert json.loads((tmp_path / "detector" / "training.json").read_text())["start"]["steps"] > 1
+
+
+def test_no_prompt_that_a_detector_is_judged_by_is_trained_on():
+    chosen = train_detector.choose_prompts(600, seed=0)
+    assert (
+        len({prompt.seed for prompt in chosen} | {p.seed for s in PER_KIND for p in prompts(s)}) == 600 + 384 + 768 * 2
+    )
+    assert {prompt.text for prompt in chosen} <= {prompt.text for prompt in prompts("search")}
+    assert not {prompt.text for prompt in chosen} & {p.text for s in ("confirm", "test") for p in prompts(s)}
+    assert 0.5 < np.mean([prompt.kind == "counting" for prompt in chosen]) < 0.7
+
+
+def test_the_detector_learns_what_the_exact_judge_finds():
+    """The third and the fourth object touch, and are no shape together."""
+    scene = [Object(*o) for o in (("ring", "red", 10.0, 10.0, 8.0), ("cross", "blue", 36.0, 10.0, 6.0))]
+    touching = [Object("square", "black", x, 36.0, 6.0) for x in (12.0, 23.0)]
+    drawn = render([scene, scene + touching, touching]).permute(0, 2, 3, 1)
+    images = (255 * drawn).round().byte().numpy()
+    owners, labels = train_detector.find_all(images)
+    assert owners.dtype == torch.uint8
+    assert labels[:, :3].tolist() == [[SHAPES.index("ring"), SHAPES.index("cross"), -1]] * 2 + [[-1] * 3]
+    assert owners[0].unique().tolist() == [0, 1, 2]
+    assert torch.equal(owners[0], owners[1])
+    assert not owners[2].any()
+    assert (owners[0, 10, 10], owners[0, 10, 4], owners[0, 10, 36]) == (0, 1, 2)  # a ring has a hole
 
 
 def test_every_object_is_matched_with_the_query_that_shows_it():
