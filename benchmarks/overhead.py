@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from blocktune.evaluators import measure_cost_table, peak_memory, time_runs
 from blocktune.policies import BlockPolicy, Plan, Reuse, Rule, ScaleText, Skip, apply_policy
+from blocktune.policies.architectures import ARCHITECTURES
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
@@ -51,6 +52,7 @@ LIMITS = {  # at most
     "scale key": 1.02,
     "scale value": 1.02,
     "scale logit": 1.10,
+    "without guidance / half the batch": 1.01,
     "measured / predicted run": 1.03,
     "measured / predicted cache": 1.10,
 }
@@ -128,6 +130,18 @@ def _qwen(tiny: bool) -> Model:
 MODELS = {"sd3.5-large": _sd3, "flux.1-dev": _flux, "qwen-image": _qwen}
 
 
+@dataclass
+class Guided:
+    """As much of a pipeline as a policy looks at for the halves of guidance."""
+
+    transformer: torch.nn.Module
+    scheduler: Any
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return True
+
+
 class Bench:
     """One model on one device, and its ratios."""
 
@@ -155,6 +169,8 @@ class Bench:
         for operand in ("input", "key", "value", "logit"):
             scaling = self.under(Rule(blocks=range(self.blocks), action=ScaleText(operand=operand, scale=1.3)))
             self.compared[f"scale {operand}"] = scaling, nullcontext
+        if ARCHITECTURES[type(self.model).__name__].guidance == "batched":
+            self.compared["without guidance / half the batch"] = self.without_guidance, self.half_the_batch
 
     def policy(self, *rules: Rule) -> BlockPolicy:
         return BlockPolicy.for_model(self.model, "bench", rules)
@@ -173,6 +189,23 @@ class Bench:
         finally:
             for name, blocks in self.containers.items():
                 setattr(self.model, name, blocks)
+
+    @contextmanager
+    def without_guidance(self) -> Iterator[None]:
+        """Each forward is of the first step of a run, where guidance does not act."""
+        pipe = Guided(self.model, self.scheduler)
+        self.scheduler.set_timesteps(2, device=self.device)
+        with apply_policy(pipe, BlockPolicy.for_model(self.model, "bench", [], guidance_window=(0.5, 1.0))):
+            yield
+
+    @contextmanager
+    def half_the_batch(self) -> Iterator[None]:
+        whole = self.inputs
+        self.inputs = {name: rows[len(rows) // 2 :] for name, rows in whole.items()}
+        try:
+            yield
+        finally:
+            self.inputs = whole
 
     def forward(self) -> None:
         self.model(**self.inputs, return_dict=False)

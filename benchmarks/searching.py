@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import optuna
 from blocktune.search.config import Search
-from blocktune.search.front import Point, non_dominated, spread
+from blocktune.search.front import Point, non_dominated, shortlist
 from blocktune.search.racing import Race, rounds
 from blocktune.search.space import anchors, candidate, distributions, steps_of, suggest
 from blocktune.search.study import new_sampler
@@ -66,7 +66,7 @@ def proposals(
 
 
 def searched(bench: Workbench, budget: int, pictures: int, first: int, count: int) -> list[Way]:
-    """The members of a raced search's front that command most, by estimates lowered by their standard error.
+    """The members of a raced search's front that it would confirm, by estimates lowered by their standard error.
 
     It ends when `budget` pictures are drawn, or when a thousand proposals bring no more.
     """
@@ -85,4 +85,5 @@ def searched(bench: Workbench, budget: int, pictures: int, first: int, count: in
         if drawn >= budget:
             break
     bench.say(f"searched {drawn} pictures: {len(points)} candidates with all {pictures}")
-    return [ways[p.key] for p in spread(non_dominated(points), baseline, count) if p.key in ways]
+    margins = bench.config.confirm.margin, bench.config.confirm.quality_margin
+    return [ways[p.key] for p in shortlist(non_dominated(points), baseline, count, *margins)]

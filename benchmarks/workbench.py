@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from blocktune.evaluators import CostTable, get, measure_cost_table, scale_of
+from blocktune.evaluators import CostTable, Prompt, get, measure_cost_table, scale_of
 from blocktune.policies import BlockPolicy, ModelIdentity
-from blocktune.search.config import Config
+from blocktune.search.config import Config, Generation
 from blocktune.search.front import Baseline, Point
-from blocktune.search.generation import device_name, embed, generate, load, some
+from blocktune.search.generation import Rows, device_name, embed, generate, load, some
 from blocktune.search.prefixes import Prefixes
 from blocktune.search.prompts import read_prompts
 from blocktune.search.space import guidance_ends_of
@@ -48,8 +48,8 @@ class Way:
 class Workbench:
     """Everything is made on one device in one dtype, from the prompts, seeds and settings of one config."""
 
-    def __init__(self, config: Config, out: Path, device: str, beside: Sequence[str] = ()) -> None:
-        """`beside` names what scores each picture beside the objectives."""
+    def __init__(self, config: Config, out: Path, device: str, beside: Sequence[str] = (), timed: int = 0) -> None:
+        """`beside` names what scores each picture beside the objectives; `timed` are the pictures of a timed batch."""
         self.config, self.out, self.device = config, out, device
         dtype = torch.bfloat16 if device == "cuda" or config.model.dtype == "bfloat16" else torch.float32
         self.pipe = load(config.model.path, device, dtype)
@@ -59,6 +59,7 @@ class Workbench:
         self.rows = {s: embed(self.pipe, [p.text for p in of], config.generation) for s, of in self.prompts.items()}
         self.objectives = (config.objectives.alignment, config.objectives.quality)
         self.scored = (*self.objectives, *beside)
+        self.timed = timed or config.generation.batch
         self._prefixes = {split: Prefixes(config.ray.prefix_gib) for split in self.prompts}
         self._known: dict[str, dict[str, np.ndarray]] = {}
         self._started = time.monotonic()
@@ -124,14 +125,13 @@ class Workbench:
 
         One way of each method is made before, and not counted, for what is chosen and allocated at a first time.
         """
-        batch = self.config.generation.batch
-        prompts, rows = self.prompts["confirm"][:batch], some(self.rows["confirm"], slice(batch))
+        prompts, rows, generation = self._timed_batch("confirm")
 
         def timed(way: Way) -> float:
             with way.cache(self.pipe) if way.cache else nullcontext():
                 self._synchronize()
                 begin = time.perf_counter()
-                generate(self.pipe, prompts, rows, self.config.generation, way.steps, way.policy)
+                generate(self.pipe, prompts, rows, generation, way.steps, way.policy)
                 self._synchronize()
                 return time.perf_counter() - begin
 
@@ -144,15 +144,22 @@ class Workbench:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
+    def _timed_batch(self, split: str) -> tuple[tuple[Prompt, ...], Rows, Generation]:
+        """`timed` pictures of one batch, of the split's prompts over and over."""
+        prompts, rows = self.prompts[split], self.rows[split]
+        copies = -(-self.timed // len(prompts))
+        rows = {name: values.repeat(copies, *[1] * (values.ndim - 1)) for name, values in rows.items()}
+        generation = self.config.generation.model_copy(update={"batch": self.timed})
+        return (prompts * copies)[: self.timed], some(rows, slice(self.timed)), generation
+
     def costs(self) -> CostTable:
         """The cost table of one batch, by which a search predicts latency."""
         path = self.out / "cost_table.json"
         if not path.exists():
-            batch = self.config.generation.batch
-            prompts, rows = self.prompts["search"][:batch], some(self.rows["search"], slice(batch))
+            prompts, rows, generation = self._timed_batch("search")
             table = measure_cost_table(
                 self.pipe,
-                lambda: generate(self.pipe, prompts, rows, self.config.generation, self.steps),
+                lambda: generate(self.pipe, prompts, rows, generation, self.steps),
                 repeats=3,
                 operands=self.config.space.operands,
                 unguided=len(guidance_ends_of(self.config)) > 1,

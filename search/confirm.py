@@ -6,7 +6,7 @@ from ..evaluators import Interval, get, paired_interval, scale_of
 from ..policies import BlockPolicy
 from ..policies.policy import WHOLE_RUN
 from .candidate import Candidate
-from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, spread
+from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, shortlist
 from .pool import Job
 from .prompts import read_prompts
 from .robustness import transfers, worst_falls
@@ -27,7 +27,9 @@ def confirm(study: Study) -> list[Confirmed]:
     points = {key: point_of(t) for key, t in trials.items()}
     named = [p for p in points.values() if p.anchor and p.key != study.baseline.key]
     front = non_dominated([study.cautious(t) for t in feasible(study.study)])
-    chosen = [*named, *spread([p for p in front if not p.anchor], study.baseline, config.confirm.candidates)]
+    own = [p for p in front if not p.anchor]
+    margins = config.confirm.margin, config.confirm.quality_margin
+    chosen = [*named, *shortlist(own, study.baseline, config.confirm.candidates, *margins)]
     policies = {p.key: BlockPolicy.model_validate(trials[p.key].user_attrs["policy"]) for p in chosen}
     candidates = {p.key: Candidate(policies[p.key], p.steps, p.guidance_scale) for p in chosen}
     unmodified = study.unmodified.candidate

@@ -1,7 +1,7 @@
 """Which candidates no other beats, how much space they command, and the named picks among the confirmed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -143,10 +143,23 @@ def hypervolume(points: list[Point], baseline: Baseline) -> float:
     return float(compute_hypervolume(losses, reference)) / 100 if len(losses) else 0.0
 
 
-def spread(front: list[Point], baseline: Baseline, count: int) -> list[Point]:
-    """The `count` members that together command the largest hypervolume, picked greedily."""
-    chosen: list[Point] = []
-    rest = [p for p in front if p.key != baseline.key]
+def shortlist(front: list[Point], baseline: Baseline, count: int, margin: float, quality_margin: float) -> list[Point]:
+    """`count` members worth confirming: half of them may be picked, for they lose less than the margins.
+
+    What commands most is what is fastest, and often loses too much to be a pick.
+    """
+
+    def may_hold(point: Point) -> bool:
+        alignment, quality = baseline.points(point)
+        return alignment >= -100 * margin and quality >= -100 * quality_margin
+
+    return spread(front, baseline, count, spread([p for p in front if may_hold(p)], baseline, (count + 1) // 2))
+
+
+def spread(front: list[Point], baseline: Baseline, count: int, already: Sequence[Point] = ()) -> list[Point]:
+    """The `count` members, those `already` chosen among them, that command most hypervolume, picked greedily."""
+    chosen = [*already]
+    rest = [p for p in front if p.key != baseline.key and p not in chosen]
     while rest and len(chosen) < count:
         best = max(rest, key=lambda p: (hypervolume([*chosen, p], baseline), -p.latency))
         chosen.append(best)

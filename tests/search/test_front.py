@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 from blocktune.evaluators import Interval, get
-from blocktune.search.front import Baseline, Confirmed, Point, hypervolume, is_fidelity, non_dominated, pick, spread
+from blocktune.search.front import (
+    Baseline,
+    Confirmed,
+    Point,
+    hypervolume,
+    is_fidelity,
+    non_dominated,
+    pick,
+    shortlist,
+    spread,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,6 +70,15 @@ def test_spread_chooses_members_of_the_front(candidates: list[Point], count: int
     assert len(chosen) == min(count, len(front))
     assert len({p.key for p in chosen}) == len(chosen)
     assert all(p in front for p in chosen)
+
+
+@given(points, st.integers(0, 6))
+def test_half_of_the_shortlist_may_be_picked_where_so_many_may(candidates: list[Point], count: int) -> None:
+    front = non_dominated(candidates)
+    chosen = shortlist(front, BASE, count, 0.06, 0.06)
+    assert len({p.key for p in chosen}) == len(chosen) == min(count, len(front))
+    may = [p for p in front if p.alignment >= BASE.alignment - 0.06 and p.quality >= BASE.quality - 0.06]
+    assert sum(p in may for p in chosen) >= min(len(may), (count + 1) // 2)
 
 
 def member(
