@@ -65,7 +65,7 @@ def test_every_wanted_trial_finished_and_anchors_came_first(searched: Path) -> N
     assert [t.state.name for t in trials] == ["COMPLETE"] * TRIALS
     anchors = [t.user_attrs.get("anchor") for t in trials]
     assert anchors[:6] == ["unmodified", "3 steps", "guidance until 0.4", "late reuse 4", "late reuse 6", "all text up"]
-    assert anchors[5:] == [None] * (TRIALS - 5)
+    assert anchors[6:] == [None] * (TRIALS - 6)
 
 
 def test_the_study_keeps_what_counts_as_100_points(searched: Path) -> None:
