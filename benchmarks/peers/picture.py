@@ -25,7 +25,7 @@ def draw(settings: list[tuple[str, float, float]], path: Path) -> None:
     for number, method in enumerate(methods):
         points = [(speed, gain) for name, speed, gain in settings if name == method]
         ours = method == "blocktune"
-        color = "#1f2430" if ours else plt.get_cmap("tab10")(number % 10)
+        color = "#1f2430" if ours else plt.get_cmap("tab20")(2 * number % 20 + number // 10)
         inside = [p for p in points if p[1] >= LOWEST]
         axis.plot(*zip(*inside, strict=True), "o", ms=3.5, alpha=0.35, color=color, mew=0)
         for speed, gain in points:
