@@ -1,4 +1,5 @@
 import time
+from contextlib import ExitStack
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from blocktune.evaluators import CostTable, measure_cost_table, time_runs
 from blocktune.policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from blocktune.policies.architectures import ARCHITECTURES, Architecture, Blocks
+from blocktune.policies.attention import ScaledAttention
 from blocktune.policies.plan import Plan
 from pydantic import ValidationError
 
@@ -304,11 +306,19 @@ def test_scaled_text_is_paid_where_its_block_computes():
         CostTable.model_validate({**table.model_dump(), "block_scaled": {"value": (0.1,)}})
 
 
-def test_the_cost_of_scaled_text_is_measured_in_every_block(pipe):
-    table = measure_cost_table(pipe, lambda: generate(pipe), repeats=3, operands=("input", "value"))
+def test_the_cost_of_scaled_text_is_measured_in_every_block(pipe, clock, monkeypatch):
+    """An attention takes 10 ms, and 30 more where its text is scaled."""
+    attend = ScaledAttention.attend
+    monkeypatch.setattr(ScaledAttention, "attend", lambda *a, **k: (time.sleep(0.03), attend(*a, **k))[1])
+    with ExitStack() as hooks:
+        for block in pipe.transformer.transformer_blocks:
+            hooks.enter_context(block.attn.register_forward_hook(lambda *_: time.sleep(0.01)))
+        table = measure_cost_table(pipe, lambda: generate(pipe), repeats=3, operands=("input", "value"))
     assert list(table.block_scaled) == ["value"]
     assert len(table.block_scaled["value"]) == BLOCKS
-    assert sum(table.block_scaled["value"]) > 0  # of such small blocks a good part
+    assert sum(table.block_scaled["value"]) > 0
+    assert table.block_compute == pytest.approx([0.01] * BLOCKS)
+    assert table.block_scaled["value"] == pytest.approx([0.03] * BLOCKS)
     assert not any(hasattr(block, "stands_in_for") for block in pipe.transformer.transformer_blocks)
 
 
