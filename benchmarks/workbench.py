@@ -162,7 +162,7 @@ class Workbench:
                 lambda: generate(self.pipe, prompts, rows, generation, self.steps),
                 repeats=3,
                 operands=self.config.space.operands,
-                unguided=len(guidance_ends_of(self.config)) > 1,
+                unguided=bool(guidance_ends_of(self.config)),
             )
             path.write_text(table.model_dump_json(indent=2) + "\n")
         return CostTable.model_validate_json(path.read_text())

@@ -32,11 +32,9 @@ def _policy(files: RunFiles, trial: Trial):
 
 def block_map(files: RunFiles, name: str) -> dict[str, Any]:
     """A map per branch that the rules tell apart: blocks x steps of letters, and which louder text each cell hears."""
-    from ..policies.policy import WHOLE_RUN
-
     trial = find(files, name)[0]
     policy, steps = _policy(files, trial), trial.attributes["steps"]
-    guided = any(rule.branch != "both" for rule in policy.rules) or policy.guidance_window != WHOLE_RUN
+    guided = any(rule.branch != "both" for rule in policy.rules) or policy.guides_in_part
     return {
         "steps": steps,
         "blocks": policy.model.num_blocks,
@@ -93,13 +91,11 @@ def _scale(action) -> str:
 
 def _sentences(policy) -> list[str]:
     """What the policy says, in words; rules that differ in their blocks alone are one sentence."""
-    from ..policies.policy import WHOLE_RUN
-
     blocks: dict[Any, set[int]] = {}
     for rule in policy.rules:
         blocks.setdefault((rule.window, rule.branch, rule.action), set()).update(rule.blocks)
     said = [_sentence(sorted(those), *does) for does, those in blocks.items()]
-    if policy.guidance_window != WHOLE_RUN:
+    if policy.guides_in_part:
         start, end = (f"{100 * x:g}" for x in policy.guidance_window)
         said.append(
             f"Guidance acts in {start}–{end} % of the run; at other steps its unconditional half is not computed"

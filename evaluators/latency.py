@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model
 
 from ..policies import BlockPolicy, Plan, Rule, ScaleText, apply_policy
 from ..policies.architectures import ARCHITECTURES, block_slots, resolve
-from ..policies.policy import WHOLE_RUN, Branch, Operand
+from ..policies.policy import Branch, Operand
 from .evaluator import as_array
 
 _ADDITIONS = 20  # residual additions timed together
@@ -294,7 +294,7 @@ def _unguided_share(pipe: Any, guided: Sequence[_Run], time_run: Callable[[], _R
     later, steps = statistics.median(run.later for run in guided), guided[0].steps
     if later == 0:
         return 1.0
-    policy = BlockPolicy.for_model(pipe, "unguided", [], guidance_window=(WHOLE_RUN[0], 0.5 / steps))
+    policy = BlockPolicy.for_model(pipe, "unguided", [], guidance_window=(0.0, 0.5 / steps))
     with apply_policy(pipe, policy):
         return min(1.0, time_run().later / later)
 

@@ -21,7 +21,7 @@ from .error import PolicyError
 from .layout import Layout
 from .neighbours import refuse_neighbours
 from .plan import BlockStep, Plan
-from .policy import WHOLE_RUN, BlockPolicy, Branch, ScaleText
+from .policy import BlockPolicy, Branch, ScaleText
 from .report import Call, Report
 from .rows import Rows, conditional, for_both
 from .tokens import PromptWatch, Texts
@@ -99,7 +99,6 @@ class Applied:
         self._calls: list[Call] = []
         self._cache_bytes = 0
 
-        self._guided_in_part = policy.guidance_window != WHOLE_RUN
         by_token = any(isinstance(r.action, ScaleText) and r.action.tokens != "all" for r in acting)
         self._watch = PromptWatch(pipe, architecture.transformer) if by_token else None
         self._names_calls = policy.acts and architecture.guidance == "calls" and hasattr(transformer, "cache_context")
@@ -221,7 +220,7 @@ class Applied:
         if halved:
             return for_both(output)
         assert lane.plan is not None
-        if self._guided_in_part and not lane.plan.guided[lane.step]:
+        if not lane.plan.guided[lane.step]:
             if lane.branch == "cond":
                 self._conditional = output
             elif lane.branch == "uncond":
@@ -280,7 +279,7 @@ class Applied:
     def _halves_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], lane: _Lane, perturbed: bool) -> bool:
         """Whether the call is of both halves of guidance, at a step where it does not act."""
         assert lane.plan is not None
-        if not self._guided_in_part or self._architecture.guidance != "batched" or lane.plan.guided[lane.step]:
+        if lane.plan.guided[lane.step] or self._architecture.guidance != "batched":
             return False
         if perturbed or not self._pipe.do_classifier_free_guidance:
             return False

@@ -8,7 +8,7 @@ from . import clock
 from .applied import APPLIED, Applied
 from .architectures import Architecture, Slot, block_slots, resolve
 from .error import PolicyError
-from .policy import WHOLE_RUN, BlockPolicy, ModelIdentity, Rule, ScaleText
+from .policy import BlockPolicy, ModelIdentity, Rule, ScaleText
 
 
 def apply_policy(
@@ -46,7 +46,7 @@ def apply_policy(
             )
             if reason:
                 raise PolicyError(f"rules[{i}].{reason}")
-    if policy.guidance_window != WHOLE_RUN:
+    if policy.guides_in_part:
         _refuse_guidance_window(policy, architecture, pipe)
     clock.refuse_without_steps(policy, scheduler if pipe is None else pipe.scheduler)
     if transformer in APPLIED:

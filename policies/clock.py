@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .error import PolicyError
-from .policy import WHOLE_RUN, BlockPolicy
+from .policy import BlockPolicy
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def read(scheduler: Any) -> Tick:
 def refuse_without_steps(policy: BlockPolicy, scheduler: Any) -> None:
     """PolicyError where a rule asks for the step of the run and the scheduler does not tell it."""
     asks = [f"rules[{i}] has a window or reuses" for i, rule in enumerate(policy.rules) if rule.needs_step]
-    if policy.guidance_window != WHOLE_RUN:
+    if policy.guides_in_part:
         asks.append(f"guidance_window is {list(policy.guidance_window)}")
     if asks and not has_steps(scheduler):
         lacks = "no scheduler was given" if scheduler is None else f"{type(scheduler).__name__} has no step_index"

@@ -12,7 +12,7 @@ from torch import nn
 
 from .architectures import Slot
 from .error import PolicyError
-from .policy import WHOLE_RUN, BlockPolicy, Reuse, Rule, ScaleText, Skip
+from .policy import BlockPolicy, Reuse, Rule, ScaleText, Skip
 
 # Caches that decide by what the first block changed, and keep what the last one returned.
 _BY_FIRST_BLOCK = {
@@ -36,7 +36,7 @@ def refuse_neighbours(transformer: nn.Module, policy: BlockPolicy, slots: Sequen
     hooks = {name for module in transformer.modules() for name in _hooks(module)}
     caches = [(name, cache) for name, cache in (_BY_FIRST_BLOCK | _BY_CALLS).items() if name in hooks]
     ends = {0, len(slots) - 1}
-    if policy.guidance_window != WHOLE_RUN and (caches or getattr(transformer, "_is_cached", False)):
+    if policy.guides_in_part and (caches or getattr(transformer, "_is_cached", False)):
         cache = caches[0][1] if caches else "cache-dit"
         raise PolicyError(
             f"guidance_window is {list(policy.guidance_window)}, and {cache} keeps what both halves of guidance gave; "

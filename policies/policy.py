@@ -335,7 +335,7 @@ class BlockPolicy(_Content, Hub):
         }
         body = self.model_dump(mode="json", include={"name", "model"})
         body["rules"] = [rule.model_dump(mode="json", exclude_none=True) for rule in self.rules]
-        if self.guidance_window != WHOLE_RUN:
+        if self.guides_in_part:
             body["guidance_window"] = list(self.guidance_window)
         body |= {key: value for key in ("tuned_for", "evidence") if (value := getattr(self, key)) is not None}
         text = json.dumps(header | body, indent=2, ensure_ascii=False, allow_nan=False)
@@ -344,7 +344,12 @@ class BlockPolicy(_Content, Hub):
     @property
     def acts(self) -> bool:
         """False for a policy that changes nothing."""
-        return self.guidance_window != WHOLE_RUN or any(rule.acts for rule in self.rules)
+        return self.guides_in_part or any(rule.acts for rule in self.rules)
+
+    @property
+    def guides_in_part(self) -> bool:
+        """Whether there are steps at which guidance does not act."""
+        return self.guidance_window != WHOLE_RUN
 
     @property
     def digest(self) -> str:
@@ -357,7 +362,7 @@ class BlockPolicy(_Content, Hub):
                     windows.setdefault((action, rule.branch, block), []).append(rule.window)
         acting = sorted((*key, _joined(w)) for key, w in windows.items())
         content: list[Any] = [self.model.model_dump(mode="json"), acting]
-        if self.guidance_window != WHOLE_RUN:
+        if self.guides_in_part:
             content.append(list(self.guidance_window))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -4,7 +4,6 @@ import json
 
 from ..evaluators import Interval, get, paired_interval, scale_of
 from ..policies import BlockPolicy
-from ..policies.policy import WHOLE_RUN
 from .candidate import Candidate
 from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, shortlist
 from .pool import Job
@@ -106,7 +105,7 @@ def confirm(study: Study) -> list[Confirmed]:
 
 def _told(policy: BlockPolicy) -> int:
     """How many things the policy tells a model to do: its rules, and a window of guidance."""
-    return len(policy.rules) + (policy.guidance_window != WHOLE_RUN)
+    return len(policy.rules) + policy.guides_in_part
 
 
 def _file(study: Study, name: str, member: Confirmed, candidate: Candidate, compared: int) -> BlockPolicy:

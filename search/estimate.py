@@ -95,7 +95,7 @@ def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) 
     batch = min(config.generation.batch, counts["search"])
     blocks = len(table.block_compute) if table else config.space.bands
     compared = _compared(config, blocks)
-    more = sum(operand != "input" for operand in config.space.operands) + (len(guidance_ends_of(config)) > 1)
+    more = sum(operand != "input" for operand in config.space.operands) + bool(guidance_ends_of(config))
     pictures = {
         "cost table": (TABLE_RUNS + more) * batch,
         "baseline": counts["search"],

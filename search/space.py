@@ -35,9 +35,8 @@ def guidance_of(config: Config) -> tuple[float, ...]:
 
 
 def guidance_ends_of(config: Config) -> tuple[float, ...]:
-    """Where a candidate's guidance may end, the end of the run last; nowhere else where the model is not guided."""
-    earlier = config.space.guidance_until if config.generation.guidance_scale > 1 else ()
-    return (*sorted(set(earlier)), 1.0)
+    """Where a candidate's guidance may end before the run does; nowhere where the model is not guided."""
+    return tuple(sorted({*config.space.guidance_until})) if config.generation.guidance_scale > 1 else ()
 
 
 def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -53,8 +52,8 @@ def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distribut
         choices["steps"] = categorical(steps_of(config))
     if len(guidance_of(config)) > 1:
         choices["guidance_scale"] = categorical(guidance_of(config))
-    if len(guidance_ends_of(config)) > 1:
-        choices["guidance_until"] = categorical(guidance_ends_of(config))
+    if ends := guidance_ends_of(config):
+        choices["guidance_until"] = categorical((*ends, 1.0))
     for i in range(len(bands(space, num_blocks))):
         choices[f"scale_{i}"] = real(1.0, space.max_scale, log=True)
         choices[f"reuse_{i}"] = categorical((1, *space.reuse_every))
@@ -137,8 +136,8 @@ def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
     points |= {f"{steps} steps": plain | {"steps": steps} for steps in space.anchor_steps if steps < plain["steps"]}
     others = [scale for scale in guidance_of(config) if scale != own.guidance_scale]
     points |= {f"guidance {scale:g}": plain | {"guidance_scale": scale} for scale in others}
-    if earlier := guidance_ends_of(config)[:-1]:
-        end = earlier[len(earlier) // 2]
+    if ends := guidance_ends_of(config):
+        end = ends[len(ends) // 2]
         points[f"guidance until {end:g}"] = plain | {"guidance_until": end}
     for every in space.reuse_every[-2:]:
         points[f"late reuse {every}"] = plain | {f"reuse_{i}": every for i in range(count)}

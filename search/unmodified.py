@@ -28,7 +28,7 @@ class Unmodified:
             (job,) = pool.run([Job("cost_table", ())])
             run.write_text(table, job.result.model_dump_json(indent=2) + "\n")
         self.costs = CostTable.model_validate_json(table.read_text())
-        if len(guidance_ends_of(config)) > 1 and not self.costs.guided:
+        if guidance_ends_of(config) and not self.costs.guided:
             raise ConfigError(
                 f"space.guidance_until is {list(config.space.guidance_until)}; accepted: [], for this model "
                 "computes no unconditional half that could be left out."

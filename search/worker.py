@@ -190,7 +190,7 @@ class Worker:
         """Seconds of every part of a run of one batch; the device must be quiet."""
         steps = self.generation.num_inference_steps
         run = lambda: generate(self.pipe, *self._batch("search"), self.generation, steps)  # noqa: E731
-        operands, unguided = self.config.space.operands, len(guidance_ends_of(self.config)) > 1
+        operands, unguided = self.config.space.operands, bool(guidance_ends_of(self.config))
         return self._fitting(
             lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands, unguided=unguided)
         )

@@ -95,9 +95,8 @@ def test_the_spread_is_measured_as_soon_as_it_can_be(tmp_path: Path) -> None:
     _stored(run, config, unmodified=before)
     worst, _ = detectable(config, run, 12)
     assert worst.basis.startswith("at worst")
-    level = 1 - 0.05 / (
-        6 + config.confirm.candidates
-    )  # two of fewer steps, a shorter guidance, two of late reuse, all text up
+    # two of fewer steps, a shorter guidance, two of late reuse, all text up
+    level = 1 - 0.05 / (6 + config.confirm.candidates)
     expected = minimum_detectable_difference(worst.pictures, before.std(ddof=1) * 2**0.5, level)
     assert worst.points == pytest.approx(100 * expected)
     noise = 0.1 * rng.standard_normal(len(before))

@@ -1,7 +1,7 @@
 """A model without an unconditional half has no guidance that could end earlier."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from blocktune.evaluators import CostTable
@@ -21,6 +21,6 @@ def test_refused_as_soon_as_the_model_was_run(tmp_path: Path, tiny_sd3_pipeline:
     run = RunDirectory(tmp_path)
     run.write_text(run.path / "cost_table.json", TABLE.model_dump_json())
     plain = Candidate(BlockPolicy.for_model(tiny_sd3_pipeline(), "unmodified", []), 4)
-    nobody: Any = cast(Any, None)  # is asked for anything
+    nobody: Any = None  # is asked for anything
     with pytest.raises(ConfigError, match=r"space.guidance_until is \[0.3, 0.4, 0.6\]; accepted: \[\], for this model"):
         Unmodified(plain, (), Config(), run, nobody, nobody)
