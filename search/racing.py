@@ -1,6 +1,6 @@
 """Racing: whether a candidate is worth more pictures, by what it has shown on those it has. Knows only numbers.
 
-A candidate starts on the first few of the search pictures, and twice as many follow each time, as long as it would
+A candidate starts on the first few of the search pictures and gets half as many again each time, as long as it would
 still add to what the front commands were both its scores at the upper ends of their intervals. Differences to the
 unmodified model are what counts, picture by picture; latency is predicted and has no noise. The intervals are of the
 mean over all search pictures, of which those seen are a part: they close as the pictures run out.
@@ -15,17 +15,17 @@ import numpy as np
 
 from .front import Baseline, Point, hypervolume, non_dominated
 
-REACH = 1.0  # standard errors from a mean to the upper end of its interval
-TRIFLE = 0.01  # what adds a smaller share to the front's hypervolume is not worth pictures
+REACH = 0.7  # standard errors from a mean to the upper end of its interval
+TRIFLE = 0.003  # what adds a smaller share to the front's hypervolume is not worth pictures
 PRIOR = 2.0  # pictures' worth of belief that a candidate's scores spread as those of others do
 ROOM = 1.1  # times the slowest latency is where the front's space ends: louder text saves no time, and counts too
 
 
 def rounds(first: int, images: int) -> Iterator[int]:
-    """How many pictures a candidate has after each round: `first`, twice as many, and so on, at last all."""
+    """How many pictures a candidate has after each round: `first`, half as many again, and so on, at last all."""
     while first < images:
         yield first
-        first *= 2
+        first += -(-first // 2)
     yield images
 
 

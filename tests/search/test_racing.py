@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 Field = tuple[np.ndarray, np.ndarray]  # differences (candidates, images, 2), latencies (candidates,)
 
 
-def field(seed: int, candidates: int = 150, images: int = 96) -> Field:
+def field(seed: int, candidates: int = 150, images: int = 384) -> Field:
     """Most candidates lose some points, the fast ones more; two pictures of five differ at all, by 25 points or so."""
     rng = np.random.default_rng(seed)
     latency = rng.uniform(0.45, 1.0, candidates)
@@ -45,26 +45,26 @@ def volume(made: Field, members: list[int]) -> float:
     )
 
 
-def test_a_race_reaches_what_all_pictures_reach_on_two_fifths_of_them() -> None:
+def test_a_race_reaches_what_all_pictures_reach_on_a_third_of_them() -> None:
     shares, reached, few = [], [], []
-    for seed in range(8):
+    for seed in range(6):
         made = field(seed)
         share, whole = run(made, 12)
         every = volume(made, list(range(len(made[0]))))
         shares.append(share)
         reached.append(volume(made, whole) / every)
         few.append(volume(made, list(range(round(share * len(made[0]))))) / every)
-    assert np.mean(shares) < 0.4
+    assert np.mean(shares) < 1 / 3
     assert np.mean(reached) > 0.975
     assert np.mean(few) < 0.9  # the same pictures on fewer candidates
 
 
 @given(st.integers(1, 500), st.integers(1, 500))
-def test_rounds_double_and_end_with_all(first: int, images: int) -> None:
+def test_rounds_grow_by_half_and_end_with_all(first: int, images: int) -> None:
     counts = list(rounds(first, images))
     assert counts[-1] == images
     assert counts[0] == min(first, images)
-    assert all(b == 2 * a for a, b in pairwise(counts[:-1]))
+    assert all(2 * b in (3 * a, 3 * a + 1) for a, b in pairwise(counts[:-1]))
     assert counts == sorted(set(counts))
 
 
