@@ -133,7 +133,7 @@ def generate(
             pixels = pipe(**_accepted(pipe.__call__, arguments)).images
         if not torch.isfinite(pixels).all():
             raise BrokenPicture("the pipeline returned pixels that are NaN or infinite")
-        parts.append((pixels.permute(0, 2, 3, 1).float() * 255).round().to("cpu", torch.uint8).numpy())
+        parts.append((pixels.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu().numpy())
         if seen:
             seen(start, parts[-1])
     return np.concatenate(parts)
