@@ -8,6 +8,7 @@ import numpy as np
 import optuna
 from blocktune.search.config import Search
 from blocktune.search.front import Point, non_dominated, shortlist
+from blocktune.search.prior import prior
 from blocktune.search.racing import Race, rounds
 from blocktune.search.space import anchors, candidate, distributions, steps_of, suggest
 from blocktune.search.study import new_sampler
@@ -31,14 +32,14 @@ def proposals(
     """Without end what `sampler` proposes, trial by trial, measured on so many of the search prompts.
 
     With `first` candidates race as in `blocktune search`, from so many pictures on. The anchors that lie in the space
-    come first, and latency is predicted, as in any search.
+    and what a search tries next come first, and latency is predicted, as in any search.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = bench.config.model_copy(update={"search": Search.model_validate({"sampler": sampler})})
     space, costs = distributions(config, bench.model.num_blocks), bench.costs()
     study = optuna.create_study(directions=["maximize", "maximize", "minimize"], sampler=new_sampler(config, seed))
     known = [p for p in anchors(config, bench.model.num_blocks).values() if p["steps"] in steps_of(config)]
-    for params in known:
+    for params in (*known, *prior(config, bench.model).values()):
         study.enqueue_trial({name: value for name, value in params.items() if name in space})
     plain = bench.baseline(costs.run_seconds, "search", pictures)
     before = bench.matrix(Way("unmodified", "unmodified", bench.steps), "search", pictures)

@@ -157,7 +157,7 @@ class Search(_Section):
     prior: str | None = Field(
         default=None,
         description="the `probe.parquet` of a probe of this model: what it suggests is tried first, as are "
-        "published lists of blocks where the space has them",
+        "published lists of blocks where the space has them, and anchors taken together",
     )
     first_images: PositiveInt = Field(default=12, description="pictures that a candidate starts on in the race")
     storage: str | None = Field(

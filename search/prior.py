@@ -1,9 +1,11 @@
-"""Candidates that a search tries first: what a probe of this model suggests, and lists of blocks that were published.
+"""Candidates that a search tries first: known ways to save time taken together, lists of blocks that were published,
+and what a probe of this model suggests.
 
 Each is spelled as choices of the space, and left out where the space does not have them: a probe tells of blocks, and a
 band does what its blocks suggest.
 """
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pandas as pd
 
 from ..policies.policy import ModelIdentity
 from .config import Config, ConfigError
-from .space import anchors, bands
+from .space import anchors, bands, guidance_ends_of, steps_of
 
 COLUMNS = ("block", "effect", "kind", "delta", "whole")
 # Class of the transformer, its blocks, the blocks whose text input is scaled, by how much, and where it is from.
@@ -40,7 +42,27 @@ def read_probe(config: Config) -> Any:
 def prior(config: Config, model: ModelIdentity) -> dict[str, dict[str, Any]]:
     """Choices of the space by where they are from."""
     probe = read_probe(config)
-    return published(config, model) | (suggested(probe, config, model.num_blocks) if probe is not None else {})
+    told = suggested(probe, config, model.num_blocks) if probe is not None else {}
+    return published(config, model) | told | combined(config, model.num_blocks)
+
+
+def combined(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
+    """Fewer steps, late reuse of every block and a shorter guidance, as the anchors have them, two or three at once.
+
+    What each spares is known to add up, while a sampler has to find the same choice for every band on its own.
+    """
+    plain, space = anchors(config, num_blocks)["unmodified"], config.space
+    ends = guidance_ends_of(config)
+    points = {}
+    for steps, every, end in product(
+        steps_of(config), (1, *space.reuse_every[-2:]), (1.0, *ends[len(ends) // 2 :][:1])
+    ):
+        told = [f"{steps} steps"] * (steps < plain["steps"]) + [f"late reuse {every}"] * (every > 1)
+        told += [f"guidance until {end:g}"] * (end < 1)
+        if len(told) > 1:
+            reuse = {f"reuse_{i}": every for i in range(len(bands(space, num_blocks)))}
+            points[", ".join(told)] = plain | reuse | {"steps": steps, "guidance_until": end}
+    return points
 
 
 def suggested(table: Any, config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:

@@ -9,8 +9,8 @@ import pytest
 from blocktune.policies import Reuse, ScaleText, Skip
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Config, ConfigError, Search, Space
-from blocktune.search.prior import published, read_probe, suggested
-from blocktune.search.space import candidate, distributions
+from blocktune.search.prior import combined, published, read_probe, suggested
+from blocktune.search.space import anchors, candidate, distributions
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,9 +80,23 @@ def test_every_suggestion_lies_in_the_space(
         space=Space(bands=count, skip=skip, reuse_every=every, operands=(operand,), max_scale=scale, anchor_steps=())
     )
     choices = distributions(config, BLOCKS)
-    for point in suggested(table(), config, BLOCKS).values():
+    for point in (*suggested(table(), config, BLOCKS).values(), *combined(config, BLOCKS).values()):
         for name, choice in choices.items():
             assert choice._contains(choice.to_internal_repr(point[name])), name
+
+
+def test_known_savings_are_tried_together(model: ModelIdentity) -> None:
+    config = Config()
+    points = combined(config, BLOCKS)
+    both = candidate(points["16 steps, late reuse 6, guidance until 0.4"], config, model, "both")
+    assert (both.steps, both.policy.guidance_window) == (16, (0.0, 0.4))
+    acts = {block: (rule.window, rule.action) for rule in both.policy.rules for block in rule.blocks}
+    assert acts == dict.fromkeys(range(BLOCKS), ((0.4, 1.0), Reuse(every=6)))
+    known = {candidate(p, config, model, "anchor").key for p in anchors(config, BLOCKS).values()}
+    keys = [candidate(p, config, model, "both").key for p in points.values()]
+    assert len({*keys, *known}) == len(keys) + len(known) == 17 + 7
+    alone = Config(space=Space(steps=(), guidance_until=(), reuse_every=(3,)))
+    assert not combined(alone, BLOCKS)  # late reuse is an anchor
 
 
 def test_what_is_no_probe_of_this_model_is_one_sentence(tmp_path: Path) -> None:
