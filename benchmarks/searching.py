@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import optuna
 from blocktune.search.config import Search
-from blocktune.search.front import Point, non_dominated, shortlist
+from blocktune.search.front import Point, chance_to_hold, shortlist
 from blocktune.search.prior import prior
 from blocktune.search.racing import Race, rounds
 from blocktune.search.space import anchors, candidate, distributions, steps_of, suggest
@@ -39,7 +39,8 @@ def proposals(
     space, costs = distributions(config, bench.model.num_blocks), bench.costs()
     study = optuna.create_study(directions=["maximize", "maximize", "minimize"], sampler=new_sampler(config, seed))
     known = [p for p in anchors(config, bench.model.num_blocks).values() if p["steps"] in steps_of(config)]
-    for params in (*known, *prior(config, bench.model).values()):
+    known += prior(config, bench.model).values()
+    for params in known:
         study.enqueue_trial({name: value for name, value in params.items() if name in space})
     plain = bench.baseline(costs.run_seconds, "search", pictures)
     before = bench.matrix(Way("unmodified", "unmodified", bench.steps), "search", pictures)
@@ -67,7 +68,7 @@ def proposals(
 
 
 def searched(bench: Workbench, budget: int, pictures: int, first: int, count: int) -> list[Way]:
-    """The members of a raced search's front that it would confirm, by estimates lowered by their standard error.
+    """Those of a raced search's candidates that it would confirm, by estimates lowered by their standard error.
 
     It ends when `budget` pictures are drawn, or when a thousand proposals bring no more.
     """
@@ -75,7 +76,10 @@ def searched(bench: Workbench, budget: int, pictures: int, first: int, count: in
     scales = np.array(baseline.scales)
     ways: dict[str, Way] = {}
     points: list[Point] = []
+    chances: dict[str, float] = {}
     drawn = 0
+    texts, held_out = [p.text for p in bench.prompts["search"][:pictures]], len(bench.prompts["confirm"])
+    margins = bench.config.confirm.margin, bench.config.confirm.quality_margin
     for proposal in islice(proposals(bench, "tpe", pictures, first=first), 1000):
         drawn += len(proposal.gains) * proposal.new
         if proposal.new and len(proposal.gains) == pictures:
@@ -83,8 +87,8 @@ def searched(bench: Workbench, budget: int, pictures: int, first: int, count: in
             point = proposal.point
             points.append(replace(point, alignment=point.alignment - errors[0], quality=point.quality - errors[1]))
             ways[point.key] = proposal.way
+            chances[point.key] = chance_to_hold(proposal.gains, texts, held_out, count, margins)
         if drawn >= budget:
             break
     bench.say(f"searched {drawn} pictures: {len(points)} candidates with all {pictures}")
-    margins = bench.config.confirm.margin, bench.config.confirm.quality_margin
-    return [ways[p.key] for p in shortlist(non_dominated(points), baseline, count, *margins)]
+    return [ways[p.key] for p in shortlist(points, baseline, count, chances)]

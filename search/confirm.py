@@ -5,7 +5,7 @@ import json
 from ..evaluators import Interval, get, paired_interval, scale_of
 from ..policies import BlockPolicy
 from .candidate import Candidate
-from .front import Confirmed, Point, held_out_name, hypervolume, non_dominated, pick, shortlist
+from .front import Confirmed, Point, chance_to_hold, held_out_name, hypervolume, pick, shortlist
 from .pool import Job
 from .prompts import read_prompts
 from .robustness import transfers, worst_falls
@@ -25,10 +25,16 @@ def confirm(study: Study) -> list[Confirmed]:
     trials = {t.user_attrs["key"]: t for t in reversed(feasible(study.study, anchors=True))}
     points = {key: point_of(t) for key, t in trials.items()}
     named = [p for p in points.values() if p.anchor and p.key != study.baseline.key]
-    front = non_dominated([study.cautious(t) for t in feasible(study.study)])
-    own = [p for p in front if not p.anchor]
-    margins = config.confirm.margin, config.confirm.quality_margin
-    chosen = [*named, *shortlist(own, study.baseline, config.confirm.candidates, *margins)]
+    standing = {t.user_attrs["key"]: t for t in reversed(feasible(study.study))}
+    own = [point for point in map(study.cautious, standing.values()) if not point.anchor]
+    beside = [study.cautious(trials[p.key]) for p in named]
+    compared, margins = len(named) + config.confirm.candidates, (config.confirm.margin, config.confirm.quality_margin)
+    texts = [p.text for p in study.prompts]
+    chances = {
+        key: chance_to_hold(study.differences(trials[key]), texts, len(prompts), compared, margins)
+        for key in {p.key for p in (*beside, *own)}
+    }
+    chosen = [*named, *shortlist(own, study.baseline, config.confirm.candidates, chances, beside)]
     policies = {p.key: BlockPolicy.model_validate(trials[p.key].user_attrs["policy"]) for p in chosen}
     candidates = {p.key: Candidate(policies[p.key], p.steps, p.guidance_scale) for p in chosen}
     unmodified = study.unmodified.candidate

@@ -1,14 +1,15 @@
 """Which candidates no other beats, how much space they command, and the named picks among the confirmed."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from optuna._hypervolume import compute_hypervolume
+from scipy.special import ndtr, ndtri
 
-from ..evaluators import Interval
+from ..evaluators import Interval, paired_interval
 from .config import Config, Objectives
 
 # how like the unmodified picture: a difference to the unmodified model says nothing of these
@@ -143,17 +144,42 @@ def hypervolume(points: list[Point], baseline: Baseline) -> float:
     return float(compute_hypervolume(losses, reference)) / 100 if len(losses) else 0.0
 
 
-def shortlist(front: list[Point], baseline: Baseline, count: int, margin: float, quality_margin: float) -> list[Point]:
-    """`count` members worth confirming: half of them may be picked, for they lose less than the margins.
+def chance_to_hold(
+    differences: np.ndarray, prompts: Sequence[str], pictures: int, compared: int, margins: tuple[float, float]
+) -> float:
+    """How likely a candidate holds on so many held-out `pictures`, one of `compared`, by what it showed in the search.
 
+    `differences` to the unmodified model are of alignment and quality in shares of 100 points, `(n, 2)`, as `margins`
+    are. Both means are off, that of the search and that to come, and the lower end of its interval has to stay within
+    the margin; normal errors, and the two scores apart.
+    """
+    level, chance = 1 - 0.05 / compared, 1.0
+    for values, margin in zip(differences.T, margins, strict=True):
+        interval = paired_interval(values, np.zeros(len(values)), groups=prompts, level=level)
+        half, shrinks = interval.high - interval.delta, math.sqrt(len(values) / pictures)
+        slack = interval.delta + margin - half * shrinks
+        error = half / float(ndtri((1 + level) / 2)) * math.sqrt(1 + shrinks**2)
+        chance *= float(ndtr(slack / error)) if error else float(slack >= 0)
+    return chance
+
+
+def shortlist(
+    candidates: list[Point], baseline: Baseline, count: int, chances: Mapping[str, float], beside: Sequence[Point] = ()
+) -> list[Point]:
+    """`count` candidates worth confirming, fastest first, besides those that are confirmed anyway.
+
+    Half of them are the fastest that are almost sure to hold, by the `chances` of each key, the fastest that are
+    likely to, and so on down to an even chance; the others are members of the front that command the most hypervolume.
     What commands most is what is fastest, and often loses too much to be a pick.
     """
-
-    def may_hold(point: Point) -> bool:
-        alignment, quality = baseline.points(point)
-        return alignment >= -100 * margin and quality >= -100 * quality_margin
-
-    return spread(front, baseline, count, spread([p for p in front if may_hold(p)], baseline, (count + 1) // 2))
+    chosen: list[Point] = []
+    for sure in np.linspace(0.95, 0.5, (count + 1) // 2):
+        able = [p for p in (baseline, *beside, *candidates) if p is baseline or chances[p.key] >= sure]
+        fastest = min(able, key=lambda p: p.latency)
+        if fastest is not baseline and fastest not in (*beside, *chosen):
+            chosen.append(fastest)
+    front = non_dominated([baseline, *beside, *candidates])
+    return spread([p for p in front if p not in beside], baseline, count, chosen)
 
 
 def spread(front: list[Point], baseline: Baseline, count: int, already: Sequence[Point] = ()) -> list[Point]:

@@ -157,8 +157,9 @@ class Study:
                     done += 1
                     ended = self._budget.ended(limits, done, images)
                     continue
-                # known points are wanted whole: anchors are confirmed whatever they score
-                races = self.config.search.racing and "anchor" not in trial.user_attrs
+                # known points are wanted whole: anchors are confirmed whatever they score, and one bad picture among
+                # the first must not end what is tried for a reason
+                races = self.config.search.racing and not {"anchor", "origin"} & trial.user_attrs.keys()
                 first = self.config.search.first_images if races else len(self.prompts)
                 latency = self.unmodified.latency(chosen)
                 self._draw(Entry(trial, chosen, latency, rounds(first, len(self.prompts))))
@@ -289,10 +290,13 @@ class Study:
             for p in self.tally.front
         ]  # fmt: skip
 
+    def differences(self, trial: FrozenTrial) -> np.ndarray:
+        """Alignment and quality less the unmodified model's, in shares of 100 points, as `(pictures, 2)`."""
+        number = trial.user_attrs.get("same_as", trial.number)
+        return self.unmodified.differences(self.run.read_scores(f"trial-{number:04d}"))
+
     def cautious(self, trial: FrozenTrial) -> Point:
         """A trial's point with alignment and quality lower by the standard error of what they differ from baseline."""
-        point = point_of(trial)
-        number = trial.user_attrs.get("same_as", trial.number)
-        differences = self.unmodified.differences(self.run.read_scores(f"trial-{number:04d}"))
+        point, differences = point_of(trial), self.differences(trial)
         alignment, quality = self.baseline.scales * differences.std(axis=0, ddof=1) / np.sqrt(len(differences))
         return replace(point, alignment=point.alignment - alignment, quality=point.quality - quality)

@@ -1,13 +1,16 @@
 """Fronts and volumes against brute force, and picks worked by hand."""
 
 from dataclasses import replace
+from random import Random
 
+import numpy as np
 import pytest
-from blocktune.evaluators import Interval, get
+from blocktune.evaluators import Interval, get, paired_interval
 from blocktune.search.front import (
     Baseline,
     Confirmed,
     Point,
+    chance_to_hold,
     hypervolume,
     is_fidelity,
     non_dominated,
@@ -72,13 +75,55 @@ def test_spread_chooses_members_of_the_front(candidates: list[Point], count: int
     assert all(p in front for p in chosen)
 
 
-@given(points, st.integers(0, 6))
-def test_half_of_the_shortlist_may_be_picked_where_so_many_may(candidates: list[Point], count: int) -> None:
-    front = non_dominated(candidates)
-    chosen = shortlist(front, BASE, count, 0.06, 0.06)
-    assert len({p.key for p in chosen}) == len(chosen) == min(count, len(front))
-    may = [p for p in front if p.alignment >= BASE.alignment - 0.06 and p.quality >= BASE.quality - 0.06]
-    assert sum(p in may for p in chosen) >= min(len(may), (count + 1) // 2)
+@given(points, st.integers(0, 6), st.randoms(use_true_random=False))
+def test_a_shortlist_has_the_fastest_that_are_sure_and_those_of_the_front(
+    candidates: list[Point], count: int, random: Random
+) -> None:
+    chances = {p.key: random.choice([0.0, 0.2, 0.6, 1.0]) for p in candidates}
+    chosen = shortlist(candidates, BASE, count, chances)
+    assert len({p.key for p in chosen}) == len(chosen) <= count
+    assert len(chosen) >= min(count, len([p for p in non_dominated([BASE, *candidates]) if p is not BASE]))
+    assert [p.latency for p in chosen] == sorted(p.latency for p in chosen)
+    for chance in (0.5, 1.0)[2 - min(count, 3) // 2 :] if count else ():
+        able = [p.latency for p in candidates if chances[p.key] >= chance and p.latency < BASE.latency]
+        assert not able or min(able) in [p.latency for p in chosen]
+
+
+def test_a_shortlist_goes_from_what_is_sure_to_an_even_chance() -> None:
+    anchor = Point("late reuse", 0.5, 0.5, 0.5, key="anchor", anchor=True)
+    names = ("gamble", "even", "likely", "sure", "slow")
+    candidates = [Point(n, 0.49, 0.49, t, key=n) for n, t in zip(names, (0.1, 0.2, 0.3, 0.4, 0.6), strict=True)]
+    chances = dict(zip(("anchor", *names), (1.0, 0.1, 0.55, 0.8, 0.99, 1.0), strict=True))
+
+    def chosen(count: int, without: str = "") -> list[str]:
+        return [p.name for p in shortlist([c for c in candidates if c.name != without], BASE, count, chances, [anchor])]
+
+    assert chosen(1) == ["sure"]
+    assert chosen(3) == ["gamble", "even", "sure"]  # the half that may hold, and what commands most
+    assert chosen(5) == ["gamble", "even", "likely", "sure"]  # nothing needs what is slower than an anchor
+    assert chosen(1, without="sure") == ["gamble"]  # the anchor is the fastest that is sure
+
+
+def test_the_chance_to_hold_is_that_of_a_simulation() -> None:
+    """Normal differences, a picture a prompt: search on 96, confirm on 576, one of ten compared."""
+    rng, margins = np.random.default_rng(0), (0.015, 10.0)
+    texts = [str(i) for i in range(96)]
+    told, held = [], []
+    for true in np.repeat([-0.01, 0.0, 0.005], 300):
+        found = rng.normal(true, 0.08, 96)
+        chance = chance_to_hold(np.stack([found, found], 1), texts, 576, 10, margins)
+        told.append(chance)
+        # a flat prior: what is true lies about what was found as that lies about what is true
+        drawn = rng.normal(rng.normal(found.mean(), found.std(ddof=1) / 96**0.5), 0.08, 576)
+        held.append(paired_interval(drawn, np.zeros(576), level=0.995).low >= -0.015)
+    assert np.mean(told) == pytest.approx(np.mean(held), abs=0.04)
+    assert np.mean(np.array(held)[np.array(told) > 0.7]) > 0.65
+
+
+def test_no_difference_is_sure_to_hold_and_a_large_one_not() -> None:
+    texts = ["a", "b", "a", "b"]
+    assert chance_to_hold(np.zeros((4, 2)), texts, 100, 5, (0.01, 0.01)) == 1.0
+    assert chance_to_hold(np.full((4, 2), [0.0, -0.02]), texts, 100, 5, (0.01, 0.01)) == 0.0
 
 
 def member(
