@@ -180,6 +180,12 @@ class Confirm(_Section):
     quality_margin: PositiveFloat = Field(
         default=0.03, description="and how much quality; noise of one grey level costs 8 points of `crispness`"
     )
+    cmmd: str | None = Field(
+        default=None,
+        description="the CLIP of open_clip, as `ViT-L-14-336/openai`, by which the report tells how far the held-out "
+        "pictures of a candidate, as a set, lie from the unmodified model's; when not given, one that ships where the "
+        "model is `reference`, else CMMD is not told",
+    )
     repeats: PositiveInt = Field(default=3, description="timed generations per candidate")
     neighbours: NonNegativeInt = Field(
         default=0, description="so many neighbours in the space of each pick are measured on the search prompts"
