@@ -64,7 +64,8 @@ class Objectives(_Section):
     alignment: str = Field(default="shapes", description="evaluator to maximise")
     quality: str = Field(default="crispness", description="evaluator to maximise")
     reported: tuple[str, ...] = Field(
-        default=("shapes_binary", "psnr", "clip_score:reference"), description="evaluators recorded beside"
+        default=("shapes_binary", "psnr", "clip_score:reference", "hps_v2.1:reference", "aesthetic_v2:reference"),
+        description="evaluators recorded beside",
     )
 
 
