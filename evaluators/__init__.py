@@ -10,7 +10,15 @@ from .evaluator import Evaluator, as_array, scale_of
 from .prompt_sets import read_prompt_set
 from .prompts import Prompt, load_prompts, prompts_digest
 from .registry import UnknownEvaluator, families, get, names, register
-from .statistics import Interval, holm, mcnemar, minimum_detectable_difference, paired_interval
+from .statistics import (
+    Interval,
+    holm,
+    mcnemar,
+    minimum_detectable_difference,
+    paired_bootstrap,
+    paired_interval,
+    paired_t_test,
+)
 
 if TYPE_CHECKING:
     from .checkpoints import CheckpointError
@@ -37,7 +45,9 @@ __all__ = [
     "measure_cost_table",
     "minimum_detectable_difference",
     "names",
+    "paired_bootstrap",
     "paired_interval",
+    "paired_t_test",
     "peak_memory",
     "prompts_digest",
     "read_prompt_set",

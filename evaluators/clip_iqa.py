@@ -23,7 +23,8 @@ class ClipIqa(ModelScore):
     """CLIP-IQA of Wang et al. 2023 (arXiv:2207.12396): softmax over e^scale cos to the two prompts, the first's share.
 
     As in github.com/IceClear/CLIP-IQA the picture is seen at its own size, and its ResNet pools without position
-    embeddings. The checkpoint is an open_clip ResNet, RN50/openai by default. It never reads the prompt.
+    embeddings; one with a side below 32 pixels leaves it nothing and gets the worst value. The checkpoint is an
+    open_clip ResNet, RN50/openai by default. It never reads the prompt.
     """
 
     family = "clip_iqa"
@@ -35,9 +36,6 @@ class ClipIqa(ModelScore):
         check_clip(self.checkpoint)
 
     def judge(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-        smallest = min(min(picture.size) for picture in pictures)
-        if smallest < _STRIDE:
-            raise ValueError(f"image has a side of {smallest} pixels; clip_iqa accepts pictures of {_STRIDE} or more")
         clip = load_clip(self.checkpoint)
         visual, preprocess = clip.model.visual, clip.model.visual.preprocess_cfg
         if not hasattr(visual, "attnpool"):
@@ -53,8 +51,10 @@ class ClipIqa(ModelScore):
 
         texts = clip.texts(_PROMPTS)  # (2, dim)
         scale = clip.model.logit_scale.exp().item()
-        scores = np.empty(len(pictures))
+        scores = np.full(len(pictures), self.worst)
         for group in of_equal_size(pictures):
+            if min(pictures[group[0]].size) < _STRIDE:
+                continue
             vectors = in_batches(embed, [pictures[i] for i in group])
             scores[group] = (scale * vectors @ texts.T).double().softmax(dim=-1)[:, 0].numpy()
         return scores

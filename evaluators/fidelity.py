@@ -61,7 +61,8 @@ class Ssim(_Fidelity):
     """Structural similarity of Wang et al. 2004 (doi:10.1109/TIP.2003.819861), in [-1, 1]; 1 for equal pictures.
 
     11x11 Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, on the positions where the whole window fits, and the mean
-    over the three channels (the paper takes luminance alone). No downsampling before. Smaller pictures: ValueError.
+    over the three channels (the paper takes luminance alone). No downsampling before. Pictures
+    smaller than the window get the lowest value.
     """
 
     name = "ssim"
@@ -69,7 +70,7 @@ class Ssim(_Fidelity):
 
     def similarity(self, image: np.ndarray, reference: np.ndarray) -> float:
         if min(image.shape[:2]) < _WINDOW:
-            raise ValueError(f"image has size {image.shape[:2]}; ssim accepts pictures of {_WINDOW} pixels or more")
+            return self.lowest
         x, y = (torch.from_numpy(pixels).to(device()) for pixels in (image, reference))
         mean_x, mean_y = _smooth(x), _smooth(y)  # (h - 10, w - 10, 3)
         squares = mean_x**2 + mean_y**2

@@ -25,7 +25,8 @@ class Lpips(ModelFidelity):
     """LPIPS v0.1 on AlexNet, Zhang et al. 2018 (arXiv:1801.03924), github.com/richzhang/PerceptualSimilarity.
 
     Features of five layers are scaled to unit length at each place; their squared differences are weighted per channel,
-    averaged over places and summed over layers. Pictures keep their size. In float32 also on a GPU. The checkpoint is
+    averaged over places and summed over layers. Pictures keep their size; those with
+    a side below 32 pixels get the worst value. In float32 also on a GPU. The checkpoint is
     `HEADS with ALEXNET`, files or URLs: the weights of the lpips package, and torchvision's AlexNet.
     """
 
@@ -43,9 +44,6 @@ class Lpips(ModelFidelity):
         return sum(2 * head.max().item() for head in _load_heads(self._heads))
 
     def compare(self, pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> np.ndarray:
-        smallest = min(min(picture.size) for picture in pictures)
-        if smallest < _SMALLEST:
-            raise ValueError(f"image has a side of {smallest} pixels; lpips accepts pictures of {_SMALLEST} or more")
         heads, alexnet = _load_heads(self._heads), _load_alexnet(self._alexnet)
 
         def distance(batch: Sequence[tuple[Image.Image, Image.Image]]) -> torch.Tensor:
@@ -62,8 +60,10 @@ class Lpips(ModelFidelity):
                     total += ((first - second) ** 2 * next(layers)).sum(dim=1).mean(dim=(1, 2))
             return total
 
-        scores = np.empty(len(pictures))
+        scores = np.full(len(pictures), self.worst)
         for group in of_equal_size(pictures):
+            if min(pictures[group[0]].size) < _SMALLEST:
+                continue
             scores[group] = in_batches(distance, [(pictures[i], references[i]) for i in group], size=16).numpy()
         return scores
 

@@ -61,20 +61,81 @@ def paired_interval(
     """
     from scipy.special import stdtrit
 
-    policy, baseline = _scores("policy_scores", policy_scores), _scores("baseline_scores", baseline_scores)
-    if len(policy) != len(baseline):
-        raise ValueError(f"policy_scores has {len(policy)} scores, baseline_scores {len(baseline)}; accepted: pairs")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; accepted: between 0 and 1, as 0.95")
-    sums, counts = _clusters(policy - baseline, groups)
-    delta = float(sums.sum() / counts.sum())
-    n = len(sums)
-    residuals = sums - delta * counts
-    error = np.sqrt(n / (n - 1) * (residuals**2).sum()) / counts.sum()
-    half = float(stdtrit(n - 1, (1 + level) / 2) * error)
+    policy, baseline = _pairs(policy_scores, baseline_scores)
+    _check_level(level)
+    delta, error, freedom = _mean_and_error(policy - baseline, groups)
+    half = float(stdtrit(freedom, (1 + level) / 2) * error)
     return Interval(
         float(policy.mean()), float(baseline.mean()), delta, delta - half, delta + half, level, len(policy), scale
     )
+
+
+def paired_t_test(
+    policy_scores: ArrayLike, baseline_scores: ArrayLike, groups: Sequence | np.ndarray | None = None
+) -> float:
+    """p-value, two-sided, that policy and baseline score the same on average, by the t of `paired_interval`.
+
+    It is below 1 - level just where that interval leaves zero out. 1 where nothing differs. Takes and raises the same.
+    """
+    from scipy.special import stdtr
+
+    policy, baseline = _pairs(policy_scores, baseline_scores)
+    delta, error, freedom = _mean_and_error(policy - baseline, groups)
+    if delta == 0 or error == 0:
+        return float(delta == 0)
+    return float(2 * stdtr(freedom, -abs(delta) / error))
+
+
+def paired_bootstrap(
+    policy_scores: ArrayLike,
+    baseline_scores: ArrayLike,
+    groups: Sequence | np.ndarray | None = None,
+    level: float = 0.95,
+    scale: float = 1.0,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> Interval:
+    """As `paired_interval`, with the percentiles of means over groups drawn anew, with replacement and whole.
+
+    Efron 1979 (doi:10.1214/aos/1176344552), by `resamples` draws of `seed`. It takes no form for granted, and its ends
+    need not lie alike on both sides of the mean; but the spread of few groups is taken for the true one. In the
+    simulations of `paired_interval` a nominal 95 % held the truth 94.1 to 95.1 % of the time for 96 and 576 prompts,
+    and 90.1 to 92.4 % for 24, where the t interval is the one to use. Raises ValueError as that does.
+    """
+    policy, baseline = _pairs(policy_scores, baseline_scores)
+    _check_level(level)
+    sums, counts = _clusters(policy - baseline, groups)
+    rng, rows = np.random.default_rng(seed), max(1, 10**6 // len(sums))  # at once, for the memory's sake
+    means = []
+    for start in range(0, resamples, rows):
+        drawn = rng.integers(0, len(sums), (min(rows, resamples - start), len(sums)))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    delta = float(sums.sum() / counts.sum())
+    return Interval(
+        float(policy.mean()), float(baseline.mean()), delta, float(low), float(high), level, len(policy), scale
+    )
+
+
+def _pairs(policy_scores: ArrayLike, baseline_scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    policy, baseline = _scores("policy_scores", policy_scores), _scores("baseline_scores", baseline_scores)
+    if len(policy) != len(baseline):
+        raise ValueError(f"policy_scores has {len(policy)} scores, baseline_scores {len(baseline)}; accepted: pairs")
+    return policy, baseline
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; accepted: between 0 and 1, as 0.95")
+
+
+def _mean_and_error(differences: np.ndarray, groups: Sequence | np.ndarray | None) -> tuple[float, float, int]:
+    """The mean over pictures, its standard error over groups, and the degrees of freedom of that."""
+    sums, counts = _clusters(differences, groups)
+    delta = float(sums.sum() / counts.sum())
+    n = len(sums)
+    residuals = sums - delta * counts
+    return delta, float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / counts.sum()), n - 1
 
 
 def _scores(field: str, values: ArrayLike) -> np.ndarray:
@@ -102,15 +163,16 @@ def _clusters(differences: np.ndarray, groups: Sequence | np.ndarray | None) -> 
     return sums, counts
 
 
-def mcnemar(policy_correct: ArrayLike, baseline_correct: ArrayLike) -> float:
+def mcnemar(
+    policy_correct: ArrayLike, baseline_correct: ArrayLike, groups: Sequence | np.ndarray | None = None
+) -> float:
     """p-value, two-sided and exact, that policy and baseline are right equally often: for binary scores, `(n,)` each.
 
-    McNemar's test: of the pictures that only one of the two has right, half would be each one's; a binomial test of
-    that. Pictures are taken for independent: one per prompt, else the p-value is too small. 1 where none differ. Raises
+    McNemar's test: of the pictures that only one of the two has right, each would as likely be the other's. Pictures
+    are taken for independent; with `groups`, as of `paired_interval`, the pictures of one prompt change sides together,
+    so that each prompt counts by how many more of its pictures one of the two has right. 1 where none differ. Raises
     ValueError for unequal lengths and for scores other than 0 and 1.
     """
-    from scipy.stats import binomtest
-
     policy, baseline = _scores("policy_correct", policy_correct), _scores("baseline_correct", baseline_correct)
     if len(policy) != len(baseline):
         raise ValueError(f"policy_correct has {len(policy)} scores, baseline_correct {len(baseline)}; accepted: pairs")
@@ -118,10 +180,15 @@ def mcnemar(policy_correct: ArrayLike, baseline_correct: ArrayLike) -> float:
         if not np.isin(scores, (0, 1)).all():
             value = scores[~np.isin(scores, (0, 1))][0]
             raise ValueError(f"{field} has the score {value}; accepted: 0 or 1, and paired_interval for dense scores")
-    only_policy, only_baseline = int((policy > baseline).sum()), int((policy < baseline).sum())
-    if only_policy + only_baseline == 0:
+    differences = policy - baseline
+    leads = (differences if groups is None else _clusters(differences, groups)[0]).astype(int)
+    total, lead = int(abs(leads).sum()), abs(int(leads.sum()))
+    if lead == 0:
         return 1.0
-    return float(binomtest(only_policy, only_policy + only_baseline).pvalue)
+    chances = np.ones(1)  # that so many of `total` fall to one side; of leads of 1 alone, binomial
+    for size in abs(leads[leads != 0]):
+        chances = (np.pad(chances, (0, size)) + np.pad(chances, (size, 0))) / 2
+    return float(2 * chances[: (total - lead) // 2 + 1].sum())
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:

@@ -64,7 +64,8 @@ class Objectives(_Section):
     alignment: str = Field(default="shapes", description="evaluator to maximise")
     quality: str = Field(default="crispness", description="evaluator to maximise")
     reported: tuple[str, ...] = Field(
-        default=("shapes_binary", "psnr", "clip_score:reference"), description="evaluators recorded beside"
+        default=("shapes_binary", "psnr", "clip_score:reference", "hps_v2.1:reference", "aesthetic_v2:reference"),
+        description="evaluators recorded beside",
     )
 
 
@@ -179,6 +180,12 @@ class Confirm(_Section):
     )
     quality_margin: PositiveFloat = Field(
         default=0.03, description="and how much quality; noise of one grey level costs 8 points of `crispness`"
+    )
+    cmmd: str | None = Field(
+        default=None,
+        description="the CLIP of open_clip, as `ViT-L-14-336/openai`, by which the report tells how far the held-out "
+        "pictures of a candidate, as a set, lie from the unmodified model's; when not given, one that ships where the "
+        "model is `reference`, else CMMD is not told",
     )
     repeats: PositiveInt = Field(default=3, description="timed generations per candidate")
     neighbours: NonNegativeInt = Field(

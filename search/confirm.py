@@ -1,11 +1,14 @@
 """Confirm: the front and the anchors again, on prompts the search never saw, with new seeds, and timed for real."""
 
 import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from ..evaluators import Interval, get, paired_interval, scale_of
+from ..evaluators import Interval, get, holm, mcnemar, paired_bootstrap, paired_interval, paired_t_test, scale_of
 from ..policies import BlockPolicy
 from .candidate import Candidate
-from .front import Confirmed, Point, chance_to_hold, held_out_name, hypervolume, pick, shortlist
+from .config import Objectives
+from .front import Confirmed, Point, chance_to_hold, held_out_name, hypervolume, is_fidelity, pick, shortlist
 from .pool import Job
 from .prompts import read_prompts
 from .robustness import transfers, worst_falls
@@ -18,7 +21,8 @@ def confirm(study: Study) -> list[Confirmed]:
 
     The front is chosen by cautious estimates, since the best of many noisy means are mostly luck.
     Intervals are paired by prompt and seed, grouped by prompt, and widened for the number of candidates compared
-    (Bonferroni). Timing runs on one worker while the others rest, each candidate in turn with the unmodified model.
+    (Bonferroni), p-values adjusted for it (Holm). Timing runs on one worker while the others rest, each candidate in
+    turn with the unmodified model.
     """
     config, run, pool = study.config, study.run, study.pool
     prompts = read_prompts(config, "confirm")
@@ -49,24 +53,26 @@ def confirm(study: Study) -> list[Confirmed]:
     reference = pool.put(run.read_images("confirm-unmodified"))
 
     def keep(job: Job) -> None:
-        run.write_scores(held_out_name(job.tag), prompts, job.result.scores)
-        run.write_images(held_out_name(job.tag), job.result.images[:48])
+        measured, distance = job.result
+        run.write_scores(held_out_name(job.tag), prompts, measured.scores, distance)
+        run.write_images(held_out_name(job.tag), measured.images[:48])
         study.display.advance(job.tag.name)
 
     missing = [p for p in chosen if not (run.scores / f"{held_out_name(p)}.parquet").exists()]
-    pool.run([Job("measure", (candidates[p.key], "confirm", reference), p) for p in missing], keep)
+    pool.run([Job("confirm", (candidates[p.key], reference), p) for p in missing], keep)
 
     study.display.say("timing the candidates on a quiet device")
     (job,) = pool.run([Job("time", ([unmodified, *(candidates[p.key] for p in chosen)], config.confirm.repeats))])
     base_seconds, *seconds = job.result
 
     before = run.read_scores("confirm-unmodified")
+    scored = {p.key: run.read_scores(held_out_name(p)) for p in chosen}
     level = 1 - 0.05 / max(1, len(chosen))
+    p_values = adjusted_p_values(config.objectives, before, list(scored.values()))
 
-    def interval(point: Point, evaluator: str) -> Interval:
-        after = run.read_scores(held_out_name(point))
+    def interval(point: Point, evaluator: str, of: Callable[..., Interval] = paired_interval) -> Interval:
         groups, scale = list(before["prompt"]), scale_of(get(evaluator))
-        return paired_interval(after[evaluator], before[evaluator], groups=groups, level=level, scale=scale)
+        return of(scored[point.key][evaluator], before[evaluator], groups=groups, level=level, scale=scale)
 
     confirmed = [
         Confirmed(
@@ -77,8 +83,11 @@ def confirm(study: Study) -> list[Confirmed]:
             seconds=s, speedup=base_seconds / s,
             predicted_speedup=study.baseline.latency / p.latency,
             guidance_scale=p.guidance_scale,
+            bootstrap=interval(p, config.objectives.alignment, paired_bootstrap),
+            p_values=adjusted,
+            cmmd=scored[p.key].attrs.get("cmmd"),
         )
-        for p, s in zip(chosen, seconds, strict=True)
+        for p, s, adjusted in zip(chosen, seconds, p_values, strict=True)
     ]  # fmt: skip
     picks = pick(confirmed, config.confirm.margin, config.confirm.quality_margin)
     for name, member in picks.items():
@@ -107,6 +116,27 @@ def confirm(study: Study) -> list[Confirmed]:
     }
     run.write_json(run.confirmed, record)
     return confirmed
+
+
+def adjusted_p_values(objectives: Objectives, before: Any, after: Sequence[Any]) -> list[dict[str, float]]:
+    """For each of `after` the p-values of its differences to `before`, tables of scores per picture, by evaluator.
+
+    Alignment by a paired t test, reported scores that are 0 or 1 throughout by McNemar's exact test; prompts stay whole
+    in both. Each evaluator's are adjusted by Holm for the number of candidates.
+    """
+    binary = [
+        name
+        for name in objectives.reported
+        if name != objectives.alignment
+        and not is_fidelity(name)
+        and all(scores[name].isin((0, 1)).all() for scores in (before, *after))
+    ]
+    tests = {objectives.alignment: paired_t_test} | dict.fromkeys(binary, mcnemar)
+    groups = list(before["prompt"])
+    adjusted = {
+        name: holm([test(scores[name], before[name], groups) for scores in after]) for name, test in tests.items()
+    }
+    return [{name: float(p[i]) for name, p in adjusted.items()} for i in range(len(after))]
 
 
 def _told(policy: BlockPolicy) -> int:

@@ -65,6 +65,9 @@ class Confirmed:
     neighbours: dict[str, float] = field(default_factory=dict)  # how many, and what the worst lost of each score
     transfer: list[dict[str, Any]] = field(default_factory=list)  # settings, and the differences there in points
     guidance_scale: float | None = None  # None is the model's own
+    bootstrap: Interval | None = None  # of alignment, beside the t interval
+    p_values: dict[str, float] = field(default_factory=dict)  # of differences, Holm-corrected over all confirmed
+    cmmd: float | None = None  # of all pictures to the unmodified model's
 
     def holds(self, margin: float, quality_margin: float) -> bool:
         """Whether neither alignment nor quality loses more than its margin, by the lower ends of their intervals."""
@@ -83,6 +86,8 @@ class Confirmed:
     def from_dict(cls, data: dict[str, Any]) -> "Confirmed":
         fields: dict[str, Any] = {k: Interval(**data[k]) for k in ("alignment", "quality")}
         fields["reported"] = {k: Interval(**v) for k, v in data["reported"].items()}
+        if data.get("bootstrap"):
+            fields["bootstrap"] = Interval(**data["bootstrap"])
         return cls(**data | fields)
 
 

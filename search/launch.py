@@ -14,6 +14,7 @@ import optuna
 import psutil
 import ray
 
+from ..evaluators.clip import check_clip
 from .config import Config
 from .confirm import confirm
 from .estimate import detectable
@@ -31,6 +32,8 @@ from .tracking import Tracker
 def check(config: Config) -> None:
     """Raise what is wrong with evaluators and prompts before anything is started or written."""
     check_objectives(config)
+    if config.confirm.cmmd:
+        check_clip(config.confirm.cmmd)
     check_spread("prompts.confirm", read_prompts(config, "confirm"))
 
 

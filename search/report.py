@@ -226,12 +226,42 @@ def write_report(run: RunDirectory, facts: dict[str, str]) -> None:
         f"{100 * record['quality_margin']:.1f}. "
         "A number alone is the likeness to the unmodified picture, psnr in dB.",
         "",
+        *_tests(confirmed, config),
         *(["## Beyond the picks themselves", "", *robustness, ""] if robustness else []),
         "## Measured on",
         "",
         *(f"* {key}: {value}" for key, value in facts.items()),
     ]
     run.write_text(run.report, "\n".join(lines) + "\n")
+
+
+def _tests(confirmed: list[Confirmed], config: Config) -> list[str]:
+    """A table of p-values, of the bootstrap beside the t interval, and of CMMD; nothing for runs of before."""
+    if not any(c.p_values for c in confirmed):
+        return []
+    alignment, names = config.objectives.alignment, list(confirmed[0].p_values)
+    rows = [["candidate", f"{alignment}, by bootstrap", *(f"p of {name}" for name in names), "CMMD"]]
+    for c in confirmed:
+        cells = [c.bootstrap.points if c.bootstrap else "", *(f"{c.p_values[name]:.2g}" for name in names)]
+        rows.append([c.name, *cells, "" if c.cmmd is None else f"{c.cmmd:.2f}"])
+    if all(c.cmmd is None for c in confirmed):
+        rows = [row[:-1] for row in rows]
+    rows.insert(1, ["---"] * len(rows[0]))
+    exact = "; of scores of 0 and 1 by McNemar's exact test, where pictures of a prompt change sides together"
+    return [
+        "## Tests of these differences",
+        "",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        f"p-values, two-sided, are Holm-corrected over all {len(confirmed)} candidates: of {alignment} by a paired "
+        f"t test over prompts{exact if len(names) > 1 else ''}. The bootstrap draws whole prompts, at the level above."
+        + (
+            " CMMD compares a candidate's held-out pictures with the unmodified model's as sets: 0 for equal ones."
+            if any(c.cmmd is not None for c in confirmed)
+            else ""
+        ),
+        "",
+    ]
 
 
 def _scales(confirmed: list[Confirmed], config: Config) -> str:

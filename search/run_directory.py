@@ -97,8 +97,13 @@ class RunDirectory:
     def read_state(self) -> dict[str, Any]:
         return json.loads(self.state.read_text()) if self.state.exists() else {}
 
-    def write_scores(self, name: str, prompts: tuple[Prompt, ...], scores: dict[str, np.ndarray]) -> None:
-        """Per-image scores as `scores/<name>.parquet`: a row per picture with prompt, kind, seed and scores."""
+    def write_scores(
+        self, name: str, prompts: tuple[Prompt, ...], scores: dict[str, np.ndarray], cmmd: float | None = None
+    ) -> None:
+        """Per-image scores as `scores/<name>.parquet`: a row per picture with prompt, kind, seed and scores.
+
+        `cmmd`, which is of all of them together, is an attribute of the table.
+        """
         table = pd.DataFrame(
             {
                 "prompt": [p.text for p in prompts],
@@ -107,6 +112,7 @@ class RunDirectory:
                 **scores,
             }
         )
+        table.attrs = {} if cmmd is None else {"cmmd": cmmd}
         beside = self.scores / f"{name}.new"
         table.to_parquet(beside, index=False)
         beside.replace(self.scores / f"{name}.parquet")

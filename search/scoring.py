@@ -17,8 +17,19 @@ def score(
     scores = {}
     for name in names:
         evaluator = get(name)
-        scores[name] = evaluator.score(images, texts, reference if evaluator.needs_reference else None)
+        compares = evaluator.needs_reference or name == "sane"  # which a picture of another size is not
+        scores[name] = evaluator.score(images, texts, reference if compares else None)
     return scores
+
+
+def held_out_cmmd(config: Config, images: np.ndarray, reference: np.ndarray) -> float | None:
+    """CMMD of two sets of pictures by `confirm.cmmd`; None where it names no model and none comes with the pipeline."""
+    from ..evaluators import cmmd
+    from ..evaluators.clip import load_clip
+    from ..reference.scorers import PREFERENCE
+
+    name = config.confirm.cmmd or (PREFERENCE if config.model.path == "reference" else None)
+    return cmmd(images, reference, load_clip(name, resize_mode="squash").images) if name else None
 
 
 class Scorer:

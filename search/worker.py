@@ -20,7 +20,7 @@ from .config import Config, Generation
 from .generation import Rows, device_name, embed, generate, load, some
 from .prefixes import Prefixes
 from .prompts import read_prompts
-from .scoring import Scorer, score
+from .scoring import Scorer, held_out_cmmd, score
 from .space import guidance_ends_of
 
 T = TypeVar("T")
@@ -158,6 +158,11 @@ class Worker:
         else:
             scores = score(self.config.objectives, images, texts, images if reference is None else reference[part])
         return Measurement(scores, images, made - begin, time.perf_counter() - made, saved)
+
+    def confirm(self, chosen: Candidate, reference: np.ndarray) -> tuple[Measurement, float | None]:
+        """All held-out pictures of a candidate, and their CMMD to `reference`, where the config has a model for it."""
+        measured = self.measure(chosen, "confirm", reference)
+        return measured, held_out_cmmd(self.config, measured.images, reference)
 
     def _fitting(self, run: Callable[[], T]) -> T:
         """What `run` returns, tried with half the batch, which then stays, as often as the device's memory is short."""

@@ -32,9 +32,12 @@ def test_clip_iqa_is_the_published_formula_at_any_size(model_scores):
     assert np.ptp(scores) > 1e-4
 
 
-def test_clip_iqa_refuses_what_it_cannot_see(model_scores):
-    with pytest.raises(ValueError, match="side of 31 pixels; clip_iqa accepts pictures of 32"):
-        get(model_scores["clip_iqa"]).score(photos(((31, 64),)), ["a"])
+def test_clip_iqa_gives_the_worst_value_to_what_it_cannot_see(model_scores):
+    small, *seen = get(model_scores["clip_iqa"]).score(photos(((31, 64), (32, 64), (64, 64))), ["a"] * 3)
+    assert small == 0 < min(seen)
+
+
+def test_clip_iqa_refuses_another_kind_of_model(model_scores):
     transformer = model_scores["siglip_score"].partition(":")[2]
     with pytest.raises(CheckpointError, match="is no ResNet of CLIP"):
         get(f"clip_iqa:{transformer}").score(photos(((64, 64),)), ["a"])

@@ -318,6 +318,24 @@ def test_crops_are_grey_outside_of_the_mask():
     assert len(ColorNamer(clip()).name(image, [seen("ring", at=(5, 5, 6, 6))])) == 1
 
 
+def test_crops_at_the_rim_and_over_it():
+    image = Image.fromarray(picture())
+    np.testing.assert_array_equal(np.asarray(crop(image, seen("ring", at=(38, 38, 48, 48)))), picture()[38:, 38:])
+    over = np.asarray(crop(image, seen("ring", at=(-5, 40, 10, 60))))
+    assert over.shape == (20, 15, 3)
+    np.testing.assert_array_equal(over[:8, 5:], picture()[40:, :10])
+    assert (over[8:] == 0).all()
+    assert (over[:, :5] == 0).all()
+
+
+def test_of_two_equally_near_colors_the_first_is_named(monkeypatch):
+    namer, image, detection = ColorNamer(clip()), Image.fromarray(picture()), seen("ring", at=(4, 4, 40, 40))
+    (vector,) = load_clip(clip()).images([crop(image, detection)]).double().numpy()
+    near = np.stack([vector if color in ("blue", "pink") else -vector for color in COLORS])
+    monkeypatch.setattr(namer, "of_label", lambda label: near)
+    assert namer.name(image, [detection]) == ["blue"]
+
+
 @pytest.mark.parametrize("name", ["geneval-style", "geneval-style_binary"])
 def test_broken_pictures_score_nothing(name):
     broken = [np.zeros((48, 48, 3), np.uint8), np.full((48, 48, 3), np.nan), np.full((48, 48), 7, np.uint8)]

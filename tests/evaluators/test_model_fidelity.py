@@ -105,9 +105,12 @@ def test_lpips_never_exceeds_the_worst_value(model_scores):
     assert (evaluator.score(opposite, ["a", "b"], reference) < evaluator.worst).all()
 
 
-def test_lpips_refuses_what_it_cannot_see(model_scores, tmp_path):
-    with pytest.raises(ValueError, match="side of 31 pixels; lpips accepts pictures of 32"):
-        get(model_scores["lpips"]).score(photos(((31, 64),)), ["a"], photos(((31, 64),)))
+def test_lpips_gives_the_worst_value_to_what_it_cannot_see(model_scores):
+    evaluator, pictures = get(model_scores["lpips"]), photos(((31, 64), (32, 64)))
+    assert evaluator.score(pictures, ["a", "b"], pictures).tolist() == [evaluator.worst, 0]
+
+
+def test_lpips_refuses_other_weights(model_scores):
     heads, alexnet = model_scores["lpips"].partition(":")[2].split(" with ")
     for name, said in (
         (f"lpips:{alexnet} with {alexnet}", r"hold features\.0\.bias.*; accepted: lin0\.model\.1\.weight"),

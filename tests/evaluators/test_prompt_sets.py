@@ -1,10 +1,12 @@
 import json
+from collections import Counter
 from dataclasses import asdict
 
 import pytest
 from blocktune.evaluators import Prompt, read_prompt_set
 from blocktune.evaluators.compositional import prompts
-from blocktune.evaluators.template import metadata_of
+from blocktune.evaluators.geneval import GenEval
+from blocktune.evaluators.template import CLASSES, COLORS, RELATIONS, metadata_of, plural, with_article
 
 TEXTS = ["a photo of a bench", "a photo of two cups", "a photo of a red bus"]
 
@@ -19,6 +21,30 @@ def geneval(tmp_path):
 def test_geneval(geneval):
     made = read_prompt_set(geneval, "search")
     assert [(p.text, p.kind) for p in made] == list(zip(TEXTS, ["single_object", "counting", "colors"], strict=True))
+
+
+def test_a_whole_file_of_geneval(tmp_path):
+    things, colors = [with_article(name) for name in CLASSES], [COLORS[(i + i // 80) % 10] for i in range(100)]
+    other = [things[(i + 1 + i // 80) % 80] for i in range(100)]
+    texts = {
+        "single_object": things,
+        "two_object": [f"{things[i % 80]} and {other[i]}" for i in range(99)],
+        "counting": [f"{('two', 'three', 'four')[i % 3]} {plural(name)}" for i, name in enumerate(CLASSES)],
+        "colors": [with_article(f"{colors[i]} {CLASSES[i % 80]}") for i in range(94)],
+        "position": [f"{things[i % 80]} {RELATIONS[i % 4]} {other[i]}" for i in range(100)],
+        "color_attr": [
+            f"a {colors[i]} {CLASSES[i % 80]} and a {COLORS[i % 7]} {CLASSES[(i + 9) % 80]}" for i in range(100)
+        ],
+    }
+    lines = {f"a photo of {text}": kind for kind, some in texts.items() for text in some}
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(metadata_of(text)) + "\n" for text in lines))
+    made = read_prompt_set(path, "test")
+    assert [(p.text, p.kind) for p in made] == list(lines.items())
+    assert list(Counter(p.kind for p in made).values()) == [80, 99, 80, 94, 100, 100]
+    judge = GenEval(metadata=path)
+    assert len(judge.metadata) == 553
+    assert all(judge.metadata[text] == metadata_of(text) for text in lines)
 
 
 def test_seeds_differ_by_prompt_and_split(geneval):

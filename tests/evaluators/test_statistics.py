@@ -1,8 +1,17 @@
 import warnings
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
-from blocktune.evaluators import holm, mcnemar, minimum_detectable_difference, paired_interval
+from blocktune.evaluators import (
+    holm,
+    mcnemar,
+    minimum_detectable_difference,
+    paired_bootstrap,
+    paired_interval,
+    paired_t_test,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -59,11 +68,11 @@ def test_width_is_that_of_students_t(n):
     assert (result.low, result.high) == pytest.approx((difference.mean() - half, difference.mean() + half))
 
 
-def covered(draw, truth: float, groups=None, data_sets: int = 2000) -> float:
+def covered(draw, truth: float, groups=None, data_sets: int = 2000, of=paired_interval) -> float:
     """Share of simulated data sets whose interval holds the true difference."""
     hits = 0
     for seed in range(data_sets):
-        result = paired_interval(*draw(np.random.default_rng(seed)), groups)
+        result = of(*draw(np.random.default_rng(seed)), groups)
         hits += result.low <= truth <= result.high
     return hits / data_sets
 
@@ -85,14 +94,69 @@ def binary(rng, n):
     return np.where(rng.random(n) < 0.3, rng.random(n) < 0.9, baseline), baseline
 
 
+DRAWN = [(dense, 0.02), (skewed, 0.4 * (5 / 6 - 4 / 5)), (binary, 0.3 * (0.9 - 2 / 3))]
+
+
 @pytest.mark.parametrize("prompts", [24, 96, 576])
-@pytest.mark.parametrize(
-    ("draw", "truth"), [(dense, 0.02), (skewed, 0.4 * (5 / 6 - 4 / 5)), (binary, 0.3 * (0.9 - 2 / 3))]
-)
+@pytest.mark.parametrize(("draw", "truth"), DRAWN)
 def test_coverage_of_whole_prompts(draw, truth, prompts):
     n = 3 * prompts
     # three standard errors of 2,000 data sets are 1.5 points
     assert 0.93 <= covered(lambda rng: draw(rng, n), truth, np.repeat(np.arange(prompts), 3)) <= 0.97
+
+
+@pytest.mark.parametrize(("prompts", "data_sets"), [(96, 1000), (576, 400)])
+@pytest.mark.parametrize(("draw", "truth"), DRAWN)
+def test_coverage_of_the_bootstrap(draw, truth, prompts, data_sets):
+    groups = np.repeat(np.arange(prompts), 3)
+    bootstrap = partial(paired_bootstrap, resamples=400)
+    assert 0.93 <= covered(lambda rng: draw(rng, 3 * prompts), truth, groups, data_sets, bootstrap) <= 0.97
+
+
+def test_the_bootstrap_is_too_narrow_for_few_prompts():
+    """Why intervals are Student's t: on the same ten prompts that holds the truth as often as it says."""
+    told = [
+        covered(lambda rng: dense(rng, 10), 0.02, of=of)
+        for of in (paired_interval, partial(paired_bootstrap, resamples=400))
+    ]
+    assert told[1] < 0.92 < 0.93 < told[0]
+
+
+def test_the_bootstrap_draws_whole_prompts():
+    groups = np.repeat(np.arange(40), 4)
+    rng = np.random.default_rng(0)
+    baseline = rng.random(160)
+    policy = baseline + np.repeat(rng.normal(0.1, 0.3, 40), 4)
+    told, apart = paired_bootstrap(policy, baseline, groups), paired_bootstrap(policy, baseline)
+    t = paired_interval(policy, baseline, groups, scale=2.0)
+    assert (told.low, told.high) == pytest.approx((t.low, t.high), abs=0.1 * (t.high - t.low))
+    assert apart.high - apart.low < 0.6 * (told.high - told.low)
+    assert paired_bootstrap(policy, baseline, groups) == told
+    other = paired_bootstrap(policy, baseline, [f"prompt {g}" for g in groups], level=0.99, scale=2.0, seed=1)
+    assert (other.delta, other.n, other.level, other.scale) == (t.delta, 160, 0.99, 2.0)
+    assert other.low < told.low < told.high < other.high
+    assert paired_bootstrap(baseline, baseline, groups).points == "+0.0 [+0.0, +0.0]"
+
+
+@given(scores)
+@settings(deadline=None)
+def test_the_t_test_claims_what_the_interval_leaves_zero_out_of(pair):
+    p = paired_t_test(*pair)
+    assert 0 <= p <= 1
+    for level in (0.5, 0.95):
+        result = paired_interval(*pair, level=level)
+        if abs(p - (1 - level)) > 1e-9:
+            assert (p < 1 - level) == (result.low > 0 or result.high < 0)
+
+
+def test_the_t_test_is_the_paired_one():
+    from scipy.stats import ttest_rel
+
+    rng = np.random.default_rng(0)
+    policy, baseline = rng.random(30) + 0.2, rng.random(30)
+    assert paired_t_test(policy, baseline) == pytest.approx(ttest_rel(policy, baseline).pvalue)
+    assert paired_t_test([1.0, 1.0], [0.0, 0.0]) == 0
+    assert paired_t_test([1.0, 1.0], [1.0, 1.0]) == 1
 
 
 def test_coverage_of_ten_groups():
@@ -188,6 +252,29 @@ def test_mcnemar_by_hand(policy, baseline, p):
     assert mcnemar(baseline, policy) == pytest.approx(p)
     assert mcnemar([*policy, 1, 0], [*baseline, 1, 0]) == pytest.approx(p)  # pairs that agree say nothing
     assert mcnemar(np.array(policy, bool), np.array(baseline, bool)) == pytest.approx(p)
+
+
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))))
+@settings(deadline=None)
+def test_mcnemar_is_binomial(pair):
+    from scipy.stats import binomtest
+
+    n, first = pair
+    policy = np.arange(n) < first
+    assert mcnemar(policy, ~policy) == pytest.approx(binomtest(first, n).pvalue)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans()), min_size=2, max_size=24))
+@settings(deadline=None)
+def test_mcnemar_of_prompts_is_by_all_ways_to_change_sides(rows):
+    """Every prompt's pictures are the policy's or the baseline's: 2^prompts ways, of which those as uneven count."""
+    groups, policy, baseline = ([*column] for column in zip(*[*rows, (4, True, True)], strict=True))
+    leads = [sum(p - b for g, p, b in zip(groups, policy, baseline, strict=True) if g == one) for one in set(groups)]
+    sums = [
+        sum(s * lead for s, lead in zip(signs, leads, strict=True)) for signs in product((1, -1), repeat=len(leads))
+    ]
+    expected = np.mean([abs(s) >= abs(sum(leads)) for s in sums])
+    assert mcnemar(policy, baseline, groups) == pytest.approx(expected)
 
 
 def test_mcnemar_errs_as_often_as_it_says():

@@ -54,6 +54,20 @@ def test_geneval_agrees_with_the_exact_judge():
     assert found["agree"] >= 0.95
 
 
+@pytest.mark.parametrize("name", ["aesthetic_v2:reference", "geneval-style:reference"])
+def test_noise_lies_below_the_worst_healthy_picture(name):
+    """Not so of the two that compare with the sentence, as `docs/evaluators.md` says."""
+    noise = np.random.default_rng(0).integers(0, 256, PICTURES.shape, dtype=np.uint8)
+    assert get(name).score(noise, TEXTS).max() < get(name).score(PICTURES, TEXTS).min()
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_empty_and_endless_sentences_have_a_score(name):
+    texts = ["", " ", "a red circle " * 60, "a photo of a red circle"]
+    scores = get(name).score(PICTURES[:4], texts)
+    assert np.isfinite(scores).all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_the_same_wherever_the_weights_lie(name):
     evaluator = get(name)

@@ -198,5 +198,8 @@ def test_confirmed_goes_through_json_unchanged() -> None:
     one = member("middle", 1.4, 0.06)
     assert Confirmed.from_dict(one.to_dict()) == one
     assert "guidance_scale" not in one.to_dict()
-    other = replace(one, guidance_scale=4.5)
+    told = {"shapes": 0.01, "shapes_binary": 1.0}
+    other = replace(one, guidance_scale=4.5, bootstrap=one.alignment, p_values=told, cmmd=0.5)
     assert Confirmed.from_dict(other.to_dict()) == other
+    later = ("bootstrap", "p_values", "cmmd")  # what files of before do not have
+    assert Confirmed.from_dict({k: v for k, v in one.to_dict().items() if k not in later}) == one

@@ -10,7 +10,10 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+import yaml
+from blocktune.evaluators import holm, paired_t_test
 from blocktune.policies import BlockPolicy
+from blocktune.reference.scorers import PREFERENCE
 from PIL import Image
 
 TRIALS = 8
@@ -18,7 +21,11 @@ TRIALS = 8
 
 @pytest.fixture(scope="module")
 def world(new_world: Callable[..., Any]) -> Any:
-    return new_world(trials=TRIALS)
+    made = new_world(trials=TRIALS)
+    told = yaml.safe_load(made.config.read_text())
+    told["confirm"]["cmmd"] = PREFERENCE
+    made.config.write_text(yaml.safe_dump(told))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +130,24 @@ def test_policies_tell_what_they_are_for_and_what_was_seen(searched: Path) -> No
         assert policy.tuned_for["dtype"] == "float32"
         assert policy.evidence is not None
         assert {"lamp:Brightness", "crispness", "psnr", "speedup"} <= policy.evidence["confirmed"].keys()
+
+
+def test_differences_are_tested_for_all_candidates_together(searched: Path) -> None:
+    confirmed = json.loads((searched / "confirmed.json").read_text())["confirmed"]
+    before = pd.read_parquet(searched / "scores" / "confirm-unmodified.parquet")
+    plain = []
+    for one in confirmed:
+        scores = pd.read_parquet(searched / "scores" / f"confirm-{one['key'][:16]}-{one['steps']}.parquet")
+        plain.append(paired_t_test(scores["lamp:Brightness"], before["lamp:Brightness"], list(before["prompt"])))
+        assert one["cmmd"] == scores.attrs["cmmd"] > 0
+        assert one["bootstrap"]["delta"] == pytest.approx(one["alignment"]["delta"])
+        assert one["bootstrap"]["low"] <= one["bootstrap"]["delta"] <= one["bootstrap"]["high"]
+    assert [one["p_values"]["lamp:Brightness"] for one in confirmed] == pytest.approx(list(holm(plain)))
+    report = (searched / "report.md").read_text()
+    assert f"Holm-corrected over all {len(confirmed)} candidates" in report
+    head = next(line for line in report.splitlines() if "by bootstrap" in line)
+    assert head.startswith("| candidate | lamp:Brightness, by bootstrap | p of lamp:Brightness |")
+    assert head.endswith(" CMMD |")
 
 
 def test_a_dry_run_counted_no_less_than_was_drawn(world: Any, searched: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from blocktune.policies import BlockPolicy, Rule, Skip
 from blocktune.search.candidate import Candidate
-from blocktune.search.config import Config
+from blocktune.search.config import Config, Objectives
 from blocktune.search.pool import Job, Pool
+from blocktune.search.scoring import score
 from blocktune.search.worker import Worker
 
 
@@ -85,3 +86,13 @@ def test_scores_are_those_of_the_worker(tiny_model):
     while scorers() and time.monotonic() < until:
         time.sleep(0.1)
     assert not scorers()
+
+
+def test_a_picture_of_another_size_is_not_in_order():
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+    objectives = Objectives(reported=("psnr",))
+    texts = ["a photo of a circle"] * 2
+    assert score(objectives, images, texts, images)["sane"].tolist() == [1, 1]
+    told = score(objectives, images[:, :40], texts, images)
+    assert told["sane"].tolist() == [0, 0]
+    assert told["psnr"].tolist() == [0, 0]
