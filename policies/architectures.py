@@ -1,4 +1,7 @@
-"""What differs between transformer classes, one row per class; a class without a row is refused, never guessed."""
+"""What differs between transformer classes, one row per class; a class without a row is refused, never guessed.
+
+Read off diffusers 0.42: `diffusers.models.transformers`, and for `guidance` the pipelines of the class.
+"""
 
 import hashlib
 import inspect

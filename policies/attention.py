@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .error import PolicyError
 from .logits import weighted_attention
+from .stand_in import StandIn
 
 
 def scale_rows(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -27,7 +28,7 @@ def scale_rows(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return torch.where(factor == 0, 0.0, x * factor).to(x.dtype)
 
 
-class ScaledAttention(nn.Module):
+class ScaledAttention(StandIn):
     """Stands in for a block's attention while the block computes.
 
     Each factor is None or `(batch or 1, text tokens or 1, 1)`: `key` scales text keys, `value` text values, `logit`
@@ -43,8 +44,7 @@ class ScaledAttention(nn.Module):
         value: torch.Tensor | None,
         logit: torch.Tensor | None,
     ) -> None:
-        super().__init__()
-        self.attention = attention
+        super().__init__(attention)
         self.text_keys = text_keys
         self.key = key
         self.value = value
@@ -52,17 +52,10 @@ class ScaledAttention(nn.Module):
         self.text_tokens = 0  # of the call; set by the block's stand-in
         self.calls = 0
 
-    def __getattr__(self, name: str) -> Any:
-        """A block's forward may read attributes of its attention."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("attention"), name)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls = 0
         with _Traced(self) if torch.compiler.is_compiling() else _REDIRECT.to(self.attend):
-            out = self.attention(*args, **kwargs)
+            out = self.original(*args, **kwargs)
         if self.calls != 1:
             raise PolicyError(
                 "scale_text of key, value or logit needs an attention that calls scaled_dot_product_attention once on "

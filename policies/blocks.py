@@ -10,6 +10,7 @@ from torch import nn
 
 from .attention import ScaledAttention, scale_rows
 from .layout import Layout, Stream
+from .stand_in import StandIn
 
 
 class Memory:
@@ -50,26 +51,18 @@ class Memory:
         return sum(part.nbytes for part in self.residual or () if part is not None)
 
 
-class _StandIn(nn.Module):
+class _BlockStandIn(StandIn):
     def __init__(self, block: nn.Module, layout: Layout) -> None:
-        super().__init__()
-        self.block = block
+        super().__init__(block)
         self.layout = layout
         self.called = False
 
-    def __getattr__(self, name: str) -> Any:
-        """The forward of a transformer reads attributes of its blocks (SD3: `context_pre_only`)."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
-
     def stands_in_for(self, block: nn.Module) -> bool:
         """Whether it was made for this very block, as it is now."""
-        return self.block is block
+        return self.original is block
 
 
-class SkippedBlock(_StandIn):
+class SkippedBlock(_BlockStandIn):
     """Returns its inputs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +70,7 @@ class SkippedBlock(_StandIn):
         return self.layout.returned(*self.layout.inputs(args, kwargs))
 
 
-class ReusedBlock(_StandIn):
+class ReusedBlock(_BlockStandIn):
     """Adds the residual in `memory`; `stream`, if any, scales the running text in front of it."""
 
     def __init__(self, block: nn.Module, layout: Layout, memory: Memory, stream: torch.Tensor | None) -> None:
@@ -95,7 +88,7 @@ class ReusedBlock(_StandIn):
         return self.layout.returned(text, image + image_residual)
 
 
-class ComputedBlock(_StandIn):
+class ComputedBlock(_BlockStandIn):
     """Computes: with the text scaled, keeping its residual, or both.
 
     `stream` scales the running text in front of the block, `local` what this block alone sees of it; both
@@ -155,17 +148,17 @@ class ComputedBlock(_StandIn):
         return returned
 
     def stands_in_for(self, block: nn.Module) -> bool:
-        return self.block is block and all(a.attention is getattr(block, self.attends) for a in self.attention)
+        return self.original is block and all(a.original is getattr(block, self.attends) for a in self.attention)
 
     def compute(self, seen: Stream, *args: Any, **kwargs: Any) -> Any:
         """The block, with its attention swapped if it is to be scaled."""
         if not self.attention:
-            return self.block(*args, **kwargs)
+            return self.original(*args, **kwargs)
         (scaled,) = self.attention
         assert seen is not None
         scaled.text_tokens = seen.shape[1]
-        setattr(self.block, self.attends, scaled)
+        setattr(self.original, self.attends, scaled)
         try:
-            return self.block(*args, **kwargs)
+            return self.original(*args, **kwargs)
         finally:
-            setattr(self.block, self.attends, scaled.attention)
+            setattr(self.original, self.attends, scaled.original)

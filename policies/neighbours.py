@@ -46,7 +46,7 @@ def refuse_neighbours(transformer: nn.Module, policy: BlockPolicy, slots: Sequen
         reasons = [_beside_first_block(cache, rule, ends) for name, cache in caches if name in _BY_FIRST_BLOCK]
         reasons += [_beside_counting(cache, rule) for name, cache in caches if name in _BY_CALLS]
         if getattr(transformer, "_is_cached", False):
-            reasons.append("acts on blocks that cache-dit calls, or does not call, from a list of its own")
+            reasons.append("acts on blocks, and cache-dit decides at each step which of them are called")
         if any(name.startswith("cp_") for name in hooks):
             reasons.append(_beside_parallel(rule, slots))
         if "group_offloading" in hooks:

@@ -89,7 +89,7 @@ class _Action(_Content):
 
 
 class Skip(_Action):
-    """The block returns its inputs, in its own output order."""
+    """The block returns its inputs, in its own output order: the *remove* of arXiv 2601.02211."""
 
     type: Literal["skip"] = "skip"
 
@@ -99,7 +99,8 @@ class Reuse(_Action):
 
     `every=k` computes again as soon as the residual is k steps old: on each k-th step of the window when the block
     computed just before it, at its steps 0, k, 2k ... when nothing was computed before. Without `every` the residual
-    serves the whole window. Where there is none yet, the block computes.
+    serves the whole window. Where there is none yet, the block computes. (arXiv 2601.02211 skips without
+    caching, and leaves that to a cache of whole steps.)
     """
 
     type: Literal["reuse"] = "reuse"
@@ -109,9 +110,9 @@ class Reuse(_Action):
 class ScaleText(_Action):
     """The block hears the text `scale` times louder (0 silences it), at one operand of its joint attention.
 
-    * `input`: the text stream in front of the block. `scope="propagate"` (default, the paper's operation) changes the
-      running stream and so all later blocks; with `scope="local"` only this block sees it: the running stream gets
-      the update that the block computed, unscaled itself.
+    * `input`: the text stream in front of the block. `scope="propagate"` (default; *enhance* of arXiv 2601.02211, and
+      its *disable* where `scale` is 0) changes the running stream and so all later blocks; with `scope="local"` only
+      this block sees it: the running stream gets the update that the block computed, unscaled itself.
     * `key`, `value`: text keys (after their norm), text values.
     * `logit`: `ln(scale)` is added to the logits from image queries to text keys; text queries are left alone.
 

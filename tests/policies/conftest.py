@@ -1,11 +1,28 @@
 """What the tests of policies share."""
 
+import ipaddress
+import socket
+from typing import Any
+
 import pytest
 from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
 from torch import nn
 
 from .families import Family
 from .pipelines import flux_pipeline, qwen_image_pipeline, with_t5
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test of policies reaches for another machine; not an OSError, from which libraries would fall back."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] != "localhost":
+            assert ipaddress.ip_address(address[0]).is_loopback, f"a test reaches for {address[0]}"
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
 
 
 @pytest.fixture(scope="module")

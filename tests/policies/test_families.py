@@ -43,6 +43,11 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def names_of(model: nn.Module) -> list[list[str]]:
+    """Of what a checkpoint holds, and of its parameters, in order."""
+    return [list(model.state_dict()), [name for name, _ in model.named_parameters()]]
+
+
 # --- nothing to do -----------------------------------------------------------------------------------------------
 
 
@@ -210,12 +215,32 @@ def busy(family: Family) -> list[Rule]:
 @by_family
 def test_leaving_restores_to_the_bit_and_leaves_nothing(family, model):
     scheduler = new_scheduler()
-    expected, before, keys = family.denoise(model, scheduler), snapshot(model), list(model.state_dict())
+    expected, before, names = family.denoise(model, scheduler), snapshot(model), names_of(model)
     with apply_policy(model, policy_for(model, *busy(family)), scheduler=scheduler):
         assert not torch.equal(family.denoise(model, scheduler)[1], expected[1])
-        assert list(model.state_dict()) == keys
+        assert names_of(model) == names
     assert snapshot(model) == before
     assert all(map(torch.equal, family.denoise(model, scheduler), expected))
+
+
+@by_family
+def test_names_are_the_models_own_amid_a_forward(family, model):
+    """In each layer of each block, with blocks skipped and reused and every operand scaled around it."""
+    scheduler, names, met = new_scheduler(), names_of(model), []
+
+    def look(module: nn.Module, *_: Any) -> None:
+        if isinstance(module, nn.Linear):
+            met.append(names_of(model))
+
+    with (
+        apply_policy(model, policy_for(model, *busy(family)), scheduler=scheduler) as applied,
+        nn.modules.module.register_module_forward_hook(look),
+    ):
+        family.denoise(model, scheduler)
+    assert applied.report.skipped
+    assert applied.report.reused
+    assert len(met) > applied.report.computed
+    assert all(found == names for found in met)
 
 
 @by_family

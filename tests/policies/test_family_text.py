@@ -103,7 +103,15 @@ def test_reuse_with_scaled_text(family, operand, scope, model, monkeypatch):
 @cases(*[case for case in CASES if not case[0].hears(*case[1:])])
 def test_text_that_cannot_be_heard_is_refused(family, operand, scope, model):
     """One sentence names what cannot be: the operand or its scope, or, where text cannot be located, text itself."""
-    keyword = scope or operand if family.hears("value") else "text"
+    name = type(model).__name__
+    if not family.hears("value"):
+        reason = f"scales text; {name} holds text and image in one stream with no locator"
+        if model.config.get("added_kv_proj_dim") is not None:
+            reason = f"scales text; where {name} has added_kv_proj_dim, image tokens stand in its text"
+    elif operand == "logit":
+        reason = f"operand is 'logit'; the image tokens of {name} attend to text apart"
+    else:
+        reason = f"scope is 'propagate'; every block of {name} hears the same text"
     rule = Rule(blocks=[0], action=ScaleText(operand=operand, scope=scope, scale=2.0))
-    with pytest.raises(PolicyError, match=keyword):
+    with pytest.raises(PolicyError, match=rf"rules\[0\]\.action(\.| ){reason}"):
         apply_policy(model, policy_for(model, rule))

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -124,3 +125,8 @@ def test_what_cannot_be_had_is_refused_in_one_sentence(hub: LocalHub, tmp_path: 
     (tmp_path / "policy.json").write_text("{}")
     with pytest.raises(PolicyError, match=r"policy\.json: schema_version is missing"):
         BlockPolicy.from_pretrained(tmp_path)
+
+
+def test_no_test_here_reaches_for_another_machine():
+    with socket.socket() as there, pytest.raises(AssertionError, match=r"a test reaches for 192\.0\.2\.1"):
+        there.connect(("192.0.2.1", 443))  # of a net that is nowhere

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from blocktune.policies import BlockPolicy, PolicyError, Rule, ScaleText, apply_policy
+from diffusers import AuraFlowPipeline, ChromaPipeline, FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline
+from transformers import ByT5Tokenizer
 
 from .by_hand import BRANCHES, changed, scaled_text
 from .families import FAMILIES, Family
-from .pipelines import CLIP_TOKENS, LONGEST, STEPS, generate
+from .pipelines import CLIP_TOKENS, LONGEST, STEPS, autoencoder, flux_pipeline, generate, t5_encoder, t5_tokenizer
 
 FAMILY = {family.name: family for family in FAMILIES}
 OPERANDS = [("input", "propagate"), ("input", "local"), ("key", None), ("value", None), ("logit", None)]
@@ -214,3 +216,47 @@ def test_embeddings_tell_their_prompt_only_where_they_were_made_under_the_policy
             generate(pipe, prompt=None, **before)
         assert torch.equal(generate(pipe, prompt=None, **encode("a red cat")), scaled)
         assert torch.equal(generate(pipe), scaled)
+
+
+# --- where they cannot be located --------------------------------------------------------------------------------
+
+PROMPT = Rule(blocks=[1], action=ScaleText(operand="value", scale=2.0, tokens="prompt"))
+
+
+def test_pictures_among_the_text_are_refused(tiny_qwen_image_pipeline):
+    pipe = QwenImageEditPipeline(**tiny_qwen_image_pipeline.components, processor=None)
+    with pytest.raises(PolicyError, match="QwenImageEditPipeline encodes pictures along with the prompt"):
+        apply_policy(pipe, policy_for(pipe, PROMPT))
+
+
+@pytest.mark.parametrize(("kind", "family"), [(AuraFlowPipeline, "auraflow"), (ChromaPipeline, "chroma")])
+def test_families_whose_tokens_are_not_known_are_refused(kind, family):
+    pipe = kind(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
+        vae=autoencoder(),
+        transformer=FAMILY[family].build(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    name = type(pipe.transformer).__name__
+    with pytest.raises(PolicyError, match=f"can be located for SD3Transformer2DModel, .*, not for {name}"):
+        apply_policy(pipe, policy_for(pipe, PROMPT))
+
+
+def test_two_prompts_for_the_same_places_are_refused(tiny_sd3_t5_pipeline):
+    pipe = tiny_sd3_t5_pipeline
+    with apply_policy(pipe, policy_for(pipe, PROMPT)):
+        with pytest.raises(PolicyError, match="prompt_2 differs from prompt, and their tokens share places"):
+            generate(pipe, prompt="a red cat", prompt_2="a dog")
+        generate(pipe, prompt="a red cat", prompt_2="a red cat")
+
+
+def test_a_tokenizer_that_tells_no_offsets_is_refused():
+    pipe, encoder = flux_pipeline(), t5_encoder()
+    encoder.resize_token_embeddings(400)
+    pipe.register_modules(tokenizer_2=ByT5Tokenizer(), text_encoder_2=encoder)
+    with (
+        apply_policy(pipe, policy_for(pipe, PROMPT)),
+        pytest.raises(PolicyError, match="tokenizer_2 tells no offsets"),
+    ):
+        generate(pipe)

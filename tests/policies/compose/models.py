@@ -21,11 +21,12 @@ def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
-def without(family: Family, index: int) -> nn.Module:
-    """The family's model with a block physically removed."""
+def without(family: Family, *blocks: int) -> nn.Module:
+    """The family's model with blocks physically removed."""
     model = family.build()
-    container, place = family.slots[index]
-    del getattr(model, container.name)[place]
+    for index in sorted(blocks, reverse=True):
+        container, place = family.slots[index]
+        del getattr(model, container.name)[place]
     return model
 
 

@@ -175,36 +175,53 @@ def test_scaled_text_is_right_or_refused(monkeypatch, cache, operand, scope, blo
         assert not torch.allclose(torch.stack(got), torch.stack(denoise(model)), atol=1e-4)
 
 
-@by_cache
+REUSE = Rule(blocks=[MIDDLE], action=Reuse(every=2))
+HEAD, TAIL = Rule(blocks=[0], action=Skip()), Rule(blocks=[MIDDLE, 5], action=Skip())
+WINDOW = Rule(blocks=[MIDDLE], window=(0.5, 1), action=Skip())
+BY_FIRST_BLOCK_REFUSED = {
+    "reuse": (REUSE, "reuses, and "),
+    "head": (HEAD, "skips block 0, by which "),
+    "tail": (TAIL, "skips block 5, by which "),
+}
+BY_CALLS_REFUSED = {"reuse": (REUSE, "reuses, and "), "window": (WINDOW, "skips in a window, and ")}
+REFUSED = [
+    pytest.param(cache, *case, id=f"{cache}-{name}")
+    for caches, refused in [(BY_FIRST_BLOCK, BY_FIRST_BLOCK_REFUSED), (BY_CALLS, BY_CALLS_REFUSED)]
+    for cache in caches
+    for name, case in refused.items()
+]
+
+
+@pytest.mark.parametrize(("cache", "rule", "reason"), REFUSED)
 @pytest.mark.parametrize("first", ["cache", "policy"])
-@pytest.mark.parametrize(
-    ("rule", "by_first", "by_calls"),
-    [
-        (Rule(blocks=[MIDDLE], action=Reuse(every=2)), "rules[0] reuses, and ", "rules[0] reuses, and "),
-        (Rule(blocks=[0], action=Skip()), "rules[0] skips block 0, by which ", None),
-        (Rule(blocks=[MIDDLE, 5], action=Skip()), "rules[0] skips block 5, by which ", None),
-        (Rule(blocks=[MIDDLE], window=(0.5, 1), action=Skip()), None, "rules[0] skips in a window, and "),
-    ],
-    ids=["reuse", "head", "tail", "window"],
-)
-def test_what_they_would_disturb_is_refused(cache, first, rule, by_first, by_calls):
+def test_what_they_would_disturb_is_refused(cache, first, rule, reason):
     model, scheduler = FLUX.build(), new_scheduler()
-    reason = by_first if cache in BY_FIRST_BLOCK else by_calls
     with ExitStack() as stack:
         if first == "policy":
             stack.enter_context(apply_policy(model, policy_for(model, rule), scheduler=scheduler))
         model.enable_cache(CACHES[cache]())
         if first == "cache":
             stack.enter_context(apply_policy(model, policy_for(model, rule), scheduler=scheduler))
-        if reason is None:
-            denoise(model, scheduler)
-            return
         for _ in range(2):
             with pytest.raises(PolicyError) as refusal:
                 denoise(model, scheduler)
-            assert str(refusal.value).startswith(reason + cache)
+            assert str(refusal.value).startswith(f"rules[0] {reason}{cache}")
         model.disable_cache()
         denoise(model, scheduler)  # as soon as the cache is off
+
+
+@pytest.mark.parametrize("cache", BY_CALLS)
+@pytest.mark.parametrize("rule", [HEAD, TAIL], ids=["head", "tail"])
+def test_caches_that_count_calls_do_without_the_first_or_last_block(cache, rule):
+    smaller, computed = cached(cache, lambda: without(FLUX, *rule.blocks))
+    expected = denoise(smaller)
+    assert 0 < len(computed) < STEPS * (len(FLUX.slots) - len(rule.blocks))  # the cache answered for some
+    (model, _), scheduler = cached(cache), new_scheduler()
+    plain = denoise(model)
+    with apply_policy(model, policy_for(model, rule), scheduler=scheduler):
+        got = denoise(model, scheduler)
+    assert all(map(torch.equal, got, expected))
+    assert not any(map(torch.equal, got, plain))
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux2"])

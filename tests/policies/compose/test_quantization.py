@@ -7,6 +7,7 @@ import torch
 from blocktune.policies import Reuse, Rule, ScaleText, Skip, apply_policy
 from torch import nn
 
+from ..by_hand import forward_as, keeping_residuals
 from .models import FAMILY, every_rule_acts, generate, new_scheduler, policy_for
 
 NAMES = ["sd3.5-medium", "flux2", "qwen-image", "wan"]
@@ -15,6 +16,7 @@ NAMES = ["sd3.5-medium", "flux2", "qwen-image", "wan"]
 def rules_for(name: str) -> list[Rule]:
     rules = [
         Rule(blocks=[0], window=(0.5, 1), action=Skip()),
+        Rule(blocks=[0], window=(0, 0.5), action=Reuse()),
         Rule(blocks=[1], action=Reuse(every=2)),
         Rule(blocks=[2], action=ScaleText(operand="value", scale=1.7)),
         Rule(blocks=[2], window=(0, 0.5), action=ScaleText(operand="key", scale=0.5)),
@@ -55,7 +57,7 @@ def test_int8_weights(name):
     assert not torch.equal(plain[0], family.denoise(build(), new_scheduler())[0])  # it is quantised
     with apply_policy(model, policy, scheduler=scheduler) as applied:
         torch.testing.assert_close(family.denoise(model, scheduler), expected, rtol=1e-4, atol=1e-4)
-    assert (applied.report.skipped, applied.report.reused) == (2, 2)
+    assert (applied.report.skipped, applied.report.reused) == (2, 3)
     assert every_rule_acts(
         lambda: torch.stack(family.denoise(model, scheduler)), model, rules_for(name), scheduler=scheduler
     )
@@ -82,6 +84,12 @@ def test_bitsandbytes(tiny_sd3_pipeline, tmp_path):
     plain = generate(pipe)
     with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=ScaleText(operand="value", scale=3)))):
         assert not torch.allclose(generate(pipe), plain, atol=1e-2)
+    block, container = pipe.transformer.transformer_blocks[1], FAMILY["sd3"].slots[1][0]
+    with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], window=(0.5, 1), action=Reuse()))):
+        reused = generate(pipe)
+    with forward_as(block, keeping_residuals(block, container, ["compute", "compute", "reuse", "reuse"])):
+        torch.testing.assert_close(reused, generate(pipe))
+    assert not torch.allclose(reused, plain, atol=1e-2)
     with apply_policy(pipe, policy_for(pipe, Rule(blocks=[1], action=Skip()))):
         skipped = generate(pipe)
     del pipe.transformer.transformer_blocks[1]

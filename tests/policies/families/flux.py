@@ -34,9 +34,9 @@ FLUX = {
 }
 
 
-def flux(guidance_embeds: bool) -> Callable[[], nn.Module]:
+def flux(guidance_embeds: bool = True, **config: Any) -> Callable[[], nn.Module]:
     return lambda: FluxTransformer2DModel(
-        **FLUX, pooled_projection_dim=TEXT_DIM, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance_embeds
+        **FLUX | config, pooled_projection_dim=TEXT_DIM, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance_embeds
     )
 
 
@@ -55,8 +55,23 @@ def dev_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
     return schnell_inputs(draw, text_tokens, size) | {"guidance": torch.full((draw.batch,), 3.5)}
 
 
-def flux2() -> nn.Module:
-    return Flux2Transformer2DModel(**FLUX, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4))
+def kontext_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
+    """The tokens of a reference picture stand behind those of the image, marked by their first axis."""
+    reference = grid_ids(size, 3)
+    reference[:, 0] = 1
+    return dev_inputs(draw, text_tokens, size) | {
+        "hidden_states": draw(2 * size * size, 4),
+        "img_ids": torch.cat([grid_ids(size, 3), reference]),
+    }
+
+
+def fill_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
+    """The picture to fill and its mask stand beside the latents, in channels of their own."""
+    return dev_inputs(draw, text_tokens, size) | {"hidden_states": draw(size * size, 12)}
+
+
+def flux2(**config: Any) -> Callable[[], nn.Module]:
+    return lambda: Flux2Transformer2DModel(**FLUX, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), **config)
 
 
 def flux2_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
@@ -70,6 +85,10 @@ def flux2_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
         "txt_ids": text_ids,
         "guidance": torch.full((draw.batch,), 3.5),
     }
+
+
+def klein_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
+    return flux2_inputs(draw, text_tokens, size) | {"guidance": None}
 
 
 def chroma() -> nn.Module:
@@ -106,15 +125,15 @@ FLUX_CONTAINERS = (
 # One module computes queries, keys, values and then the MLP's input.
 FUSED = Output("attn.to_qkv_mlp_proj", image_too=True, columns=(2 * DIM, 3 * DIM))
 
+FLUX2_CONTAINERS = (DOUBLE, Container("single_transformer_blocks", IMAGE, "joined", JOINT_KEY, FUSED))
+
 FAMILIES = [
-    Family("flux-dev", flux(guidance_embeds=True), dev_inputs, FLUX_CONTAINERS),
+    Family("flux-dev", flux(), dev_inputs, FLUX_CONTAINERS),
+    Family("flux-kontext", flux(), kontext_inputs, FLUX_CONTAINERS),
+    Family("flux-fill", flux(in_channels=12, out_channels=4), fill_inputs, FLUX_CONTAINERS),
     Family("flux-schnell", flux(guidance_embeds=False), schnell_inputs, FLUX_CONTAINERS),
-    Family(
-        "flux2",
-        flux2,
-        flux2_inputs,
-        (DOUBLE, Container("single_transformer_blocks", IMAGE, "joined", JOINT_KEY, FUSED)),
-    ),
+    Family("flux2", flux2(), flux2_inputs, FLUX2_CONTAINERS),
+    Family("flux2-klein", flux2(guidance_embeds=False), klein_inputs, FLUX2_CONTAINERS),
     Family(
         "chroma",
         chroma,

@@ -7,7 +7,7 @@ import torch
 from diffusers import HunyuanImageTransformer2DModel, HunyuanVideoTransformer3DModel
 from torch import nn
 
-from .family import BLOCKS, IMAGE_TEXT, JOINT_KEY, JOINT_VALUE, TEXT_DIM, Container, Draw, Family
+from .family import BLOCKS, DIM, IMAGE_TEXT, JOINT_KEY, JOINT_VALUE, TEXT_DIM, Container, Draw, Family
 
 HUNYUAN = {
     "in_channels": 4,
@@ -21,8 +21,14 @@ HUNYUAN = {
 }
 
 
-def hunyuan_image() -> nn.Module:
-    return HunyuanImageTransformer2DModel(**HUNYUAN, rope_axes_dim=(8, 8))
+def hunyuan_image(**config: Any) -> Callable[[], nn.Module]:
+    return lambda: HunyuanImageTransformer2DModel(**HUNYUAN, rope_axes_dim=(8, 8), **config)
+
+
+def hunyuan_image_glyphs() -> nn.Module:
+    model = hunyuan_image(text_embed_2_dim=TEXT_DIM)()
+    model.context_embedder_2 = type(model.context_embedder_2)(TEXT_DIM, DIM, DIM)  # diffusers' is 2048 wide
+    return model
 
 
 def hunyuan_image_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
@@ -31,6 +37,14 @@ def hunyuan_image_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, A
         "encoder_hidden_states": draw(text_tokens, TEXT_DIM),
         "encoder_attention_mask": draw.mask(text_tokens),
         "timestep": draw.time(1000),
+    }
+
+
+def hunyuan_image_glyph_inputs(draw: Draw, text_tokens: int, size: int) -> dict[str, Any]:
+    """Two tokens of ByT5, which spells what is written in the picture, among those of the prompt."""
+    return hunyuan_image_inputs(draw, text_tokens - 2, size) | {
+        "encoder_hidden_states_2": draw(2, TEXT_DIM),
+        "encoder_attention_mask_2": draw.mask(2),
     }
 
 
@@ -59,8 +73,16 @@ CONTAINERS = (
 FAMILIES = [
     Family(
         "hunyuan-image",
-        hunyuan_image,
+        hunyuan_image(),
         hunyuan_image_inputs,
+        CONTAINERS,
+        text_last=True,
+        not_checkpointed=None,
+    ),
+    Family(
+        "hunyuan-image-glyphs",
+        hunyuan_image_glyphs,
+        hunyuan_image_glyph_inputs,
         CONTAINERS,
         text_last=True,
         not_checkpointed=None,
