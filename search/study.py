@@ -108,12 +108,15 @@ class Study:
         self.study.set_user_attr("description", on | {"versions": described.versions})
         trials = self.study.get_trials(deepcopy=False)
         self.study.sampler = new_sampler(self.config, self.config.search.seed + len(trials))
+        room = self.config.search.trials - len(trials)
         for mark, points in (("anchor", self._anchors), ("origin", prior(self.config, self.model))):
             enqueued = {t.user_attrs.get(mark) for t in trials}
-            for name, params in points.items():
-                if name not in enqueued:  # a kill may have come between two of them
-                    inside = {} if self._outside(params) else {k: v for k, v in params.items() if k in self._space}
-                    self.study.enqueue_trial(inside, user_attrs={mark: name})
+            missing = [name for name in points if name not in enqueued]  # a kill may have come between two of them
+            for name in missing[: max(room, 0)]:
+                params = points[name]
+                inside = {} if self._outside(params) else {k: v for k, v in params.items() if k in self._space}
+                self.study.enqueue_trial(inside, user_attrs={mark: name})
+            room -= len(missing)
         retried = {t.user_attrs.get("retry_of") for t in trials}
         for zombie in trials:
             if zombie.state != TrialState.RUNNING:

@@ -148,7 +148,7 @@ def test_guidance_is_told_where_it_is_not_the_models_own(
 ) -> None:
     lines = (searched / "report.md").read_text().splitlines()
     for c in confirmed:
-        (line,) = [one for one in lines if one.startswith(f"| {c['name']} |")]
+        line = next(one for one in lines if one.startswith(f"| {c['name']} |"))  # of the first table
         assert f"| {c['steps']}{', guidance 2.5' if 'guidance_scale' in c else ''} |" in line
     rows = json.loads(world.run("front", searched, "--format", "json").stdout)
     assert {row["guidance_scale"] for row in rows} <= {OWN, OTHER}
