@@ -243,7 +243,7 @@ def _tests(confirmed: list[Confirmed], config: Config) -> list[str]:
     rows = [["candidate", f"{alignment}, by bootstrap", *(f"p of {name}" for name in names), "CMMD"]]
     for c in confirmed:
         cells = [c.bootstrap.points if c.bootstrap else "", *(f"{c.p_values[name]:.2g}" for name in names)]
-        rows.append([c.name, *cells, "" if c.cmmd is None else f"{c.cmmd:.2f}"])
+        rows.append([c.name, *cells, "" if c.cmmd is None else f"{c.cmmd:.2g}"])
     if all(c.cmmd is None for c in confirmed):
         rows = [row[:-1] for row in rows]
     rows.insert(1, ["---"] * len(rows[0]))
