@@ -28,7 +28,7 @@ def bench(tmp_path_factory):
 
 
 def test_candidates_race_and_known_points_do_not(bench):
-    told = list(islice(proposals(bench, "random", PICTURES, first=2), 40))
+    told = list(islice(proposals(bench, "random", PICTURES, first=2), 30))
     known = [p for p in anchors(bench.config, bench.model.num_blocks).values() if p["steps"] in steps_of(bench.config)]
     known += prior(bench.config, bench.model).values()
     assert all(len(p.gains) == PICTURES for p in told[: len(known)])
