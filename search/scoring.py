@@ -14,12 +14,7 @@ def score(
 ) -> dict[str, np.ndarray]:
     """`(n,)` per evaluator that `objectives` name, and `sane`; `reference` are the unmodified model's pictures."""
     names = dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported, "sane"))
-    scores = {}
-    for name in names:
-        evaluator = get(name)
-        compares = evaluator.needs_reference or name == "sane"  # which a picture of another size is not
-        scores[name] = evaluator.score(images, texts, reference if compares else None)
-    return scores
+    return {name: get(name).score(images, texts, reference) for name in names}
 
 
 def held_out_cmmd(config: Config, images: np.ndarray, reference: np.ndarray) -> float | None:
