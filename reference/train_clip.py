@@ -10,7 +10,10 @@ Everything is seeded. A checkpoint is written every minute, and a second call wi
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from .pipeline import WORDS, new_clip_tokenizer
 from .scenes import SIZE, draw, prompt_of, sample_request, sample_scene, tabulate
 from .scorers import CLIP, PIXELS, PREFERENCE
 from .sentences import FOREIGN, PALETTE, sentences, truths
-from .train import sample_pairs
+from .train import CHUNK, sample_pairs
 
 CONTEXT = 16  # tokens; the longest sentence has 12 with its two marks
 TOWERS = {
@@ -49,22 +52,25 @@ def tokenizer():
     return new_clip_tokenizer(sorted({*WORDS, *extra}), CONTEXT)
 
 
+Shown = tuple[np.ndarray, np.ndarray, np.ndarray]  # arrays, for a tensor between processes takes shared memory
+
+
 def draw_all(table: torch.Tensor) -> torch.Tensor:
     """uint8 `(n, 3, 48, 48)` of `tabulate`'s rows."""
     return torch.cat([(draw(part) * 255).round().byte() for part in table.split(DRAWN_AT_ONCE)])
 
 
-def make_scenes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_scenes(count: int, seed: int, chunk: int) -> Shown:
     """Drawn scenes, uint8 `(count, 3, 48, 48)`, which sentences are true of each, and which is its caption."""
-    requests, scenes = sample_pairs(count, np.random.default_rng((seed, 4)))
+    requests, scenes = sample_pairs(count, np.random.default_rng((seed, 4, chunk)))
     number = {sentence: i for i, sentence in enumerate(sentences())}
-    captions = torch.tensor([number[prompt_of(request)] for request in requests])
-    return draw_all(tabulate(scenes)), torch.from_numpy(truths(scenes)), captions
+    captions = np.array([number[prompt_of(request)] for request in requests])
+    return draw_all(tabulate(scenes)).numpy(), truths(scenes), captions
 
 
-def make_crops(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_crops(count: int, seed: int, chunk: int) -> Shown:
     """The same of single objects as `evaluators.color.crop` cuts them out, by masks that are a little off."""
-    rng = np.random.default_rng((seed, 5))
+    rng = np.random.default_rng((seed, 5, chunk))
     scenes = [sample_scene(sample_request("colors", rng), rng) for _ in range(count)]
     colors = rng.choice(list(PALETTE), count)
     table = tabulate(scenes)
@@ -84,8 +90,20 @@ def make_crops(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch
     named = truths(scenes)
     # said of crops: one of the sentences that name a colour
     said = named & np.array([any(c in sentence.replace("-", " ").split() for c in PALETTE) for sentence in sentences()])
-    captions = torch.tensor([rng.choice(np.nonzero(row)[0]) for row in said])
-    return torch.from_numpy(np.stack(pictures)), torch.from_numpy(named), captions
+    captions = np.array([rng.choice(np.nonzero(row)[0]) for row in said])
+    return np.stack(pictures), named, captions
+
+
+def made(make: Callable[[int, int, int], Shown], count: int, seed: int) -> Shown:
+    """`count` of what `make` makes, on all cores when they are more than one process makes at a time."""
+    sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+    if len(sizes) == 1:
+        return make(count, seed, 0)
+    # spawned, not forked: the parent may hold a CUDA context
+    with multiprocessing.get_context("spawn").Pool(min(len(sizes), os.cpu_count() or 1)) as pool:
+        parts = pool.starmap(make, [(size, seed, chunk) for chunk, size in enumerate(sizes)])
+    pictures, true, captions = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return pictures, true, captions
 
 
 def ranking(scores: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
@@ -102,8 +120,8 @@ def train(model: Any, tokens: torch.Tensor, args: argparse.Namespace) -> int:
 
     device = args.device
     began = time.monotonic()
-    parts = [make_scenes(args.scenes, args.seed), make_crops(args.scenes // 8, args.seed)]
-    pictures, true, captions = (torch.cat(both).to(device) for both in zip(*parts, strict=True))
+    parts = [made(make_scenes, args.scenes, args.seed), made(make_crops, args.scenes // 8, args.seed)]
+    pictures, true, captions = (torch.from_numpy(np.concatenate(both)).to(device) for both in zip(*parts, strict=True))
     scenes = len(parts[0][0])
     print(f"{len(pictures)} pictures, {time.monotonic() - began:.0f} s", flush=True)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
