@@ -50,6 +50,8 @@ class Architecture:
         None  # forward argument present only in the extra, conditional-only call of perturbed guidance
     )
     latents: str = "hidden_states"  # forward argument of the image
+    width: str | None = None  # config field of the streams' width; None: number of heads times their dimension
+    pads_to: int = 1  # text and image are each padded to a multiple of as many tokens
     registers: str | None = None  # parameter `(1, tokens, dim)` put in front of the text
     image_in_text: str | None = None  # config field that is set where image tokens stand in the text stream
     filled_by: str | None = None  # forward argument present in calls that fill or read a cache inside of the blocks
@@ -107,9 +109,11 @@ ARCHITECTURES: dict[str, Architecture] = {
             (Blocks("layers", "mixed"),),
             guidance="batched",
             latents="x",
+            width="dim",
+            pads_to=32,
             truncated_by="cfg_truncation",
         ),
-        Architecture("Lumina2Transformer2DModel", (Blocks("layers", "mixed"),), guidance="calls"),
+        Architecture("Lumina2Transformer2DModel", (Blocks("layers", "mixed"),), guidance="calls", width="hidden_size"),
         Architecture(
             "LTXVideoTransformer3DModel",
             (Blocks("transformer_blocks", "image", attention="attn2", text_keys="all"),),
