@@ -101,7 +101,7 @@ class Applied:
         self._cache_bytes = 0
 
         by_token = any(isinstance(r.action, ScaleText) and r.action.tokens != "all" for r in acting)
-        self._watch = PromptWatch(pipe, architecture.transformer) if by_token else None
+        self._watch = PromptWatch(pipe, architecture) if by_token else None
         self._names_calls = policy.acts and architecture.guidance == "calls" and hasattr(transformer, "cache_context")
         if self._names_calls:
             # the one attribute that is set on the model, and outside of its forward: pipelines name their calls by it
