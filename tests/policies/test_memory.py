@@ -71,6 +71,9 @@ def test_a_model_without_weights_and_another_dtype_and_start():
     expected = 6 * 32 * 2 * ((64 + 10) + 64)
     assert predict_cache_bytes(model, policy, **asked, start=2, dtype=torch.bfloat16) == expected
     assert predict_cache_bytes(model, policy, **asked, start=3, dtype=torch.float32) == 6 * 32 * 4 * 64
+    halves = [Rule(blocks=[b], window=w, action=Reuse()) for b, w in ((0, (0, 0.5)), (1, (0.6, 1)))]
+    one_at_a_time = BlockPolicy.for_model(model, "test", halves)  # of 8 steps, 0 to 3 and 4 to 7
+    assert predict_cache_bytes(model, one_at_a_time, **asked, dtype=torch.bfloat16) == 6 * 32 * 2 * (64 + 10)
     other = BlockPolicy.for_model(FAMILIES[0].build(), "test", rules)
     with pytest.raises(PolicyError, match="another architecture"):
         predict_cache_bytes(model, other, **asked)
