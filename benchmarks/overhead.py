@@ -24,13 +24,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import diffusers
 import numpy as np
 import torch
 from blocktune.evaluators import measure_cost_table, peak_memory, time_runs
-from blocktune.policies import BlockPolicy, Plan, Reuse, Rule, ScaleText, Skip, apply_policy
+from blocktune.policies import BlockPolicy, Plan, Reuse, Rule, ScaleText, Skip, apply_policy, predict_cache_bytes
 from blocktune.policies.architectures import ARCHITECTURES
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
@@ -55,6 +55,8 @@ LIMITS = {  # at most
     "without guidance / half the batch": 1.01,
     "measured / predicted run": 1.03,
     "measured / predicted cache": 1.10,
+    "measured / predicted cache, neighbours apart": 1.10,
+    "on the device / predicted cache on the CPU": 0.10,
 }
 
 
@@ -67,6 +69,7 @@ class Model:
 
     build: Callable[[], torch.nn.Module]
     inputs: Callable[[Any], dict[str, Any]]
+    tokens: dict[str, int]  # of one picture and its text
 
 
 def _noise(*shape: int) -> torch.Tensor:
@@ -89,7 +92,7 @@ def _sd3(tiny: bool) -> Model:
             "pooled_projections": _noise(2, 2048), "timestep": torch.full((2,), 500.0),
         }  # fmt: skip
 
-    return Model(build, inputs)
+    return Model(build, inputs, {"image_tokens": (side // 2) ** 2, "text_tokens": text})
 
 
 def _flux(tiny: bool) -> Model:
@@ -108,7 +111,7 @@ def _flux(tiny: bool) -> Model:
             "img_ids": ids, "txt_ids": torch.zeros(text, 3),
         }  # fmt: skip
 
-    return Model(build, inputs)
+    return Model(build, inputs, {"image_tokens": side * side, "text_tokens": text})
 
 
 def _qwen(tiny: bool) -> Model:
@@ -124,7 +127,7 @@ def _qwen(tiny: bool) -> Model:
             "timestep": torch.full((1,), 0.5), "img_shapes": [[(1, side, side)]],
         }  # fmt: skip
 
-    return Model(build, inputs)
+    return Model(build, inputs, {"image_tokens": side * side, "text_tokens": text})
 
 
 MODELS = {"sd3.5-large": _sd3, "flux.1-dev": _flux, "qwen-image": _qwen}
@@ -153,7 +156,7 @@ class Bench:
         try:
             with self.device:  # created where it stays: a copy of 20 B parameters would take minutes
                 self.model: Any = made.build().eval().requires_grad_(False)
-                self.inputs = made.inputs(self.model)
+                self.inputs, self.tokens = made.inputs(self.model), made.tokens
         finally:
             torch.set_default_dtype(torch.float32)
         self.scheduler = FlowMatchEulerDiscreteScheduler()
@@ -268,7 +271,7 @@ class Bench:
             Rule(blocks=[n // 2, n // 2 + 1], window=(0.5, 1.0), action=Skip()),
             Rule(blocks=range(n // 4), window=(0.0, 0.5), action=ScaleText(operand="value", scale=1.2)),
         )
-        rows = {"measured / predicted cache": [self.memory(mixed)]} if self.device.type == "cuda" else {}
+        rows = self.memory(mixed) if self.device.type == "cuda" else {}
 
         def obeying() -> float:
             with apply_policy(self.model, mixed, scheduler=self.scheduler):
@@ -279,24 +282,36 @@ class Bench:
         predicted = table.predict(Plan.compile(mixed, STEPS).work)
         return rows | {"measured / predicted run": [before / predicted, obeying() / predicted]}
 
-    def memory(self, policy: BlockPolicy) -> float:
-        """Memory that the cache takes at its largest, as the allocator saw it, over the bytes that the report tells."""
+    def memory(self, mixed: BlockPolicy) -> dict[str, list[float]]:
+        """Memory that a cache takes at its largest, as the allocator saw it, over the bytes that were predicted.
+
+        Of the mixed policy, whose neighbours share a residual, and of one whose every other block keeps its own: on the
+        device, and what is left of it there when the cache is on the CPU. (Neighbours hold what their first was given
+        until their last returns: as much as their residual, wherever that goes.)
+        """
+        steps = 4
 
         def peak() -> int:
             gc.collect()
             torch.cuda.empty_cache()
-            return peak_memory(lambda: self.denoise(4))
+            return peak_memory(lambda: self.denoise(steps))
+
+        def over_predicted(policy: BlockPolicy, cache_device: Literal["cpu"] | None = None) -> list[float]:
+            predicted = predict_cache_bytes(
+                self.model, policy, num_steps=steps, pictures=len(self.inputs["hidden_states"]), **self.tokens
+            )
+            with apply_policy(self.model, policy, scheduler=self.scheduler, cache_device=cache_device):
+                more = peak() - plain
+            print(f"  cache {predicted / 2**20:.0f} MiB; more at the peak {more / 2**20:.0f}", flush=True)
+            return [more / predicted]
 
         plain = peak()
-        with apply_policy(self.model, policy, scheduler=self.scheduler) as applied:
-            held = peak()
-            told = applied.report.cache_bytes
-        with apply_policy(self.model, policy, scheduler=self.scheduler, cache_device="cpu"):
-            on_cpu = peak()
-        mib = 2**20
-        print(f"  cache {told / mib:.0f} MiB; more at the peak {(held - plain) / mib:.0f}, on the CPU "
-              f"{(on_cpu - plain) / mib:.0f} MiB", flush=True)  # fmt: skip
-        return (held - plain) / told
+        apart = self.policy(Rule(blocks=range(0, self.blocks, 2), action=Reuse(every=3)))
+        return {
+            "measured / predicted cache": over_predicted(mixed),
+            "measured / predicted cache, neighbours apart": over_predicted(apart),
+            "on the device / predicted cache on the CPU": over_predicted(apart, "cpu"),
+        }
 
 
 def judged(ratios: dict[str, list[float]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from .applied import Applied
 from .apply import apply_policy
 from .error import PolicyError
+from .memory import predict_cache_bytes
 from .plan import BlockStep, Counts, Plan
 from .policy import BlockPolicy, ModelIdentity, Reuse, Rule, ScaleText, Skip
 from .report import Call, Report
@@ -22,4 +23,5 @@ __all__ = [
     "ScaleText",
     "Skip",
     "apply_policy",
+    "predict_cache_bytes",
 ]

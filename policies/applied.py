@@ -16,9 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from . import clock
 from .architectures import Architecture, Slot, block_slots, unwrapped
 from .attention import ScaledAttention
-from .blocks import ComputedBlock, Memory, ReusedBlock, SkippedBlock
+from .blocks import ComputedBlock, ReusedBlock, SkippedBlock
 from .error import PolicyError
 from .layout import Layout
+from .memory import Memory, within
 from .neighbours import refuse_neighbours
 from .plan import BlockStep, Plan
 from .policy import BlockPolicy, Branch, ScaleText
@@ -100,7 +101,7 @@ class Applied:
         self._cache_bytes = 0
 
         by_token = any(isinstance(r.action, ScaleText) and r.action.tokens != "all" for r in acting)
-        self._watch = PromptWatch(pipe, architecture.transformer) if by_token else None
+        self._watch = PromptWatch(pipe, architecture) if by_token else None
         self._names_calls = policy.acts and architecture.guidance == "calls" and hasattr(transformer, "cache_context")
         if self._names_calls:
             # the one attribute that is set on the model, and outside of its forward: pipelines name their calls by it
@@ -256,7 +257,8 @@ class Applied:
                 done.append("")
                 continue
             if action.keeps:
-                lane.runs[index] = (index, index) if apart or action.run is None else self._within(index, action.run)
+                run = None if apart else action.run
+                lane.runs[index] = within(self._slots, index, run or (index, index))
             remembers = action.keeps or action.kind == "reuse"
             run = lane.runs.get(index, (index, index)) if remembers else (index, index)
             if action.kind == "reuse" and lane.memories[run[0]].residual is None:
@@ -377,12 +379,6 @@ class Applied:
                     raise PolicyError(
                         f"rules[{i}].action.tokens has {missing!r}, which stands in no prompt of this run."
                     )
-
-    def _within(self, index: int, run: tuple[int, int]) -> tuple[int, int]:
-        """The part of a run that lies in the block's own list: between two lists streams are joined or split."""
-        own = self._slots[index].children
-        inside = [i for i in range(run[0], run[1] + 1) if self._slots[i].children is own]
-        return inside[0], inside[-1]
 
     def _stand_in(
         self, index: int, memory: Memory, action: BlockStep, rows: Rows

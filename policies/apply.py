@@ -37,7 +37,7 @@ def apply_policy(
             f"{type(pipe).__name__} has a second transformer (transformer_2); apply a policy to each by itself, with "
             "scheduler=pipe.scheduler."
         )
-    _refuse_other_model(policy, ModelIdentity.of(transformer))
+    policy.refuse_other_model(ModelIdentity.of(transformer))
     slots = block_slots(transformer, architecture)
     for i, rule in enumerate(policy.rules):
         if rule.acts:
@@ -53,19 +53,6 @@ def apply_policy(
         raise PolicyError(f"Policy {APPLIED[transformer]!r} is already applied to this transformer; remove it first.")
     called = pipe_or_transformer if pipe is None else pipe.transformer
     return Applied(policy, called, architecture, pipe, scheduler, cache_device == "cpu")
-
-
-def _refuse_other_model(policy: BlockPolicy, found: ModelIdentity) -> None:
-    wanted = policy.model
-    if wanted.transformer != found.transformer:
-        raise PolicyError(f"model.transformer is {wanted.transformer}; the model here is a {found.transformer}.")
-    if wanted.num_blocks != found.num_blocks:
-        raise PolicyError(f"model.num_blocks is {wanted.num_blocks}; the model here has {found.num_blocks} blocks.")
-    if wanted.fingerprint != found.fingerprint:
-        raise PolicyError(
-            f"model.fingerprint is {wanted.fingerprint[:12]}...; the config of the model here gives "
-            f"{found.fingerprint[:12]}..., so it is another architecture."
-        )
 
 
 def _refuse_guidance_window(policy: BlockPolicy, architecture: Architecture, pipe: Any) -> None:

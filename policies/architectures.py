@@ -38,6 +38,19 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A stretch of the text stream: what one tokenizer makes of one argument of `encode_prompt`."""
+
+    tokenizer: str  # attribute of the pipeline; where that is None the stretch is padding
+    argument: str
+    # tokens: "tokenizer_max_length" of the pipeline, the argument `max_sequence_length`, or what the texts need
+    length: Literal["tokenizer_max_length", "max_sequence_length", "longest"]
+    template: str | None = None  # attribute of the pipeline: the text that the prompt is put into at "{}"
+    dropped: str | None = None  # attribute of the pipeline: how many tokens at the front are dropped
+    shared_with: str | None = None  # another argument whose tokens share the stretch
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How to find and call the blocks of one transformer class of diffusers."""
 
@@ -50,10 +63,13 @@ class Architecture:
         None  # forward argument present only in the extra, conditional-only call of perturbed guidance
     )
     latents: str = "hidden_states"  # forward argument of the image
+    width: str | None = None  # config field of the streams' width; None: number of heads times their dimension
+    pads_to: int = 1  # text and image are each padded to a multiple of as many tokens
     registers: str | None = None  # parameter `(1, tokens, dim)` put in front of the text
     image_in_text: str | None = None  # config field that is set where image tokens stand in the text stream
     filled_by: str | None = None  # forward argument present in calls that fill or read a cache inside of the blocks
     truncated_by: str | None = None  # argument of the pipeline by which it ends guidance itself
+    text: tuple[Segment, ...] = ()  # what the text stream is made of, where the tokens of a prompt can be located
 
 
 _JOINT = Blocks("transformer_blocks", "text, image")
@@ -71,10 +87,18 @@ ARCHITECTURES: dict[str, Architecture] = {
             (Blocks("transformer_blocks", "text, image", text_keys="last"),),
             guidance="batched",
             perturbed_by="skip_layers",
+            text=(
+                # CLIP-L and CLIP-G read the same words at the same places; T5 follows
+                Segment("tokenizer", "prompt", "tokenizer_max_length", shared_with="prompt_2"),
+                Segment("tokenizer_3", "prompt_3", "max_sequence_length"),
+            ),
         ),
         # FLUX.1 dev, schnell, Kontext (whose reference tokens stand behind the image), Fill
         Architecture(
-            "FluxTransformer2DModel", (_JOINT, Blocks("single_transformer_blocks", "text, image")), guidance="calls"
+            "FluxTransformer2DModel",
+            (_JOINT, Blocks("single_transformer_blocks", "text, image")),
+            guidance="calls",
+            text=(Segment("tokenizer_2", "prompt_2", "max_sequence_length"),),
         ),
         # FLUX.2 dev, klein
         Architecture(
@@ -84,7 +108,20 @@ ARCHITECTURES: dict[str, Architecture] = {
             filled_by="kv_cache_mode",
         ),
         # Qwen-Image; in Qwen-Image-Edit the text stream also holds what the encoder saw of the input picture
-        Architecture("QwenImageTransformer2DModel", (_JOINT,), guidance="calls"),
+        Architecture(
+            "QwenImageTransformer2DModel",
+            (_JOINT,),
+            guidance="calls",
+            text=(
+                Segment(
+                    "tokenizer",
+                    "prompt",
+                    "longest",
+                    template="prompt_template_encode",
+                    dropped="prompt_template_encode_start_idx",
+                ),
+            ),
+        ),
         Architecture(
             "AuraFlowTransformer2DModel",
             (Blocks("joint_transformer_blocks", "text, image"), Blocks("single_transformer_blocks", "joined")),
@@ -107,9 +144,11 @@ ARCHITECTURES: dict[str, Architecture] = {
             (Blocks("layers", "mixed"),),
             guidance="batched",
             latents="x",
+            width="dim",
+            pads_to=32,
             truncated_by="cfg_truncation",
         ),
-        Architecture("Lumina2Transformer2DModel", (Blocks("layers", "mixed"),), guidance="calls"),
+        Architecture("Lumina2Transformer2DModel", (Blocks("layers", "mixed"),), guidance="calls", width="hidden_size"),
         Architecture(
             "LTXVideoTransformer3DModel",
             (Blocks("transformer_blocks", "image", attention="attn2", text_keys="all"),),

@@ -10,45 +10,8 @@ from torch import nn
 
 from .attention import ScaledAttention, scale_rows
 from .layout import Layout, Stream
+from .memory import Memory
 from .stand_in import StandIn
-
-
-class Memory:
-    """The residual that a block, or a run of neighbours, computed last: (text, image), output minus input."""
-
-    def __init__(self, on_cpu: bool = False) -> None:
-        self.on_cpu = on_cpu
-        self.residual: tuple[Stream, torch.Tensor] | None = None
-        self._given: tuple[Stream, torch.Tensor] | None = None  # to the first block, until the last has returned
-
-    def begin(self, text: Stream, image: torch.Tensor) -> None:
-        """What the block, or the first of the run, is given."""
-        self._given = text, image
-
-    def keep(self, text: Stream, image: torch.Tensor) -> None:
-        """What it, or the last of the run, has returned."""
-        assert self._given is not None
-        (text_before, image_before), self._given = self._given, None
-        text, image = None if text is None or text_before is None else text - text_before, image - image_before
-        if self.on_cpu:
-            text, image = None if text is None else text.cpu(), image.cpu()
-        self.residual = text, image
-
-    def recall(self, rows: int, device: torch.device) -> tuple[Stream, torch.Tensor]:
-        """The residual, on `device`; the plan reuses only what an earlier step kept.
-
-        Of the last `rows`: once guidance has ended these are the conditional half of what was kept under it.
-        """
-        assert self.residual is not None
-        text, image = self.residual
-        return None if text is None else text[-rows:].to(device), image[-rows:].to(device)
-
-    def forget(self) -> None:
-        self.residual = self._given = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(part.nbytes for part in self.residual or () if part is not None)
 
 
 class _BlockStandIn(StandIn):

@@ -342,6 +342,19 @@ class BlockPolicy(_Content, Hub):
         text = json.dumps(header | body, indent=2, ensure_ascii=False, allow_nan=False)
         Path(path).write_text(text + "\n", "utf-8")
 
+    def refuse_other_model(self, found: ModelIdentity) -> None:
+        """PolicyError where the policy is for another architecture than `found`."""
+        wanted = self.model
+        if wanted.transformer != found.transformer:
+            raise PolicyError(f"model.transformer is {wanted.transformer}; the model here is a {found.transformer}.")
+        if wanted.num_blocks != found.num_blocks:
+            raise PolicyError(f"model.num_blocks is {wanted.num_blocks}; the model here has {found.num_blocks} blocks.")
+        if wanted.fingerprint != found.fingerprint:
+            raise PolicyError(
+                f"model.fingerprint is {wanted.fingerprint[:12]}...; the config of the model here gives "
+                f"{found.fingerprint[:12]}..., so it is another architecture."
+            )
+
     @property
     def acts(self) -> bool:
         """False for a policy that changes nothing."""

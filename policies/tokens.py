@@ -7,43 +7,13 @@ it returns are known by their text, whoever calls it and however the pipeline ba
 import functools
 import inspect
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
+from .architectures import ARCHITECTURES, Architecture, Segment
 from .error import PolicyError, short
 from .policy import Tokens
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of the text stream: what one tokenizer makes of one argument of `encode_prompt`."""
-
-    tokenizer: str  # attribute of the pipeline; where that is None the stretch is padding
-    argument: str
-    # tokens: "tokenizer_max_length" of the pipeline, the argument `max_sequence_length`, or what the texts need
-    length: Literal["tokenizer_max_length", "max_sequence_length", "longest"]
-    template: str | None = None  # attribute of the pipeline: the text that the prompt is put into at "{}"
-    dropped: str | None = None  # attribute of the pipeline: how many tokens at the front are dropped
-    shared_with: str | None = None  # another argument whose tokens share the stretch
-
-
-SEGMENTS: dict[str, tuple[Segment, ...]] = {
-    # CLIP-L and CLIP-G read the same words at the same places; T5 follows
-    "SD3Transformer2DModel": (
-        Segment("tokenizer", "prompt", "tokenizer_max_length", shared_with="prompt_2"),
-        Segment("tokenizer_3", "prompt_3", "max_sequence_length"),
-    ),
-    "FluxTransformer2DModel": (Segment("tokenizer_2", "prompt_2", "max_sequence_length"),),
-    "QwenImageTransformer2DModel": (
-        Segment(
-            "tokenizer", "prompt", "longest",
-            template="prompt_template_encode", dropped="prompt_template_encode_start_idx",
-        ),
-    ),
-}  # fmt: skip
-
 
 # A prompt, and per token of its stretch the characters `(start, end)` that the token stands for; `(0, 0)` where it is
 # padding, special, or of a template.
@@ -92,11 +62,13 @@ def places(phrase: str, prompt: str) -> list[tuple[int, int]]:
 class PromptWatch:
     """Remembers what a pipeline's `encode_prompt` was asked and what it returned, until `remove()`."""
 
-    def __init__(self, pipe: Any, transformer: str) -> None:
+    def __init__(self, pipe: Any, architecture: Architecture) -> None:
         """Raises PolicyError for a pipeline whose tokens cannot be located."""
-        if transformer not in SEGMENTS:
-            known = ", ".join(SEGMENTS)
-            raise PolicyError(f"tokens other than 'all' can be located for {known}, not for {transformer}.")
+        if not architecture.text:
+            known = ", ".join(name for name, row in ARCHITECTURES.items() if row.text)
+            raise PolicyError(
+                f"tokens other than 'all' can be located for {known}, not for {architecture.transformer}."
+            )
         self._signature = inspect.signature(pipe.encode_prompt)
         if "image" in self._signature.parameters:
             raise PolicyError(
@@ -104,7 +76,7 @@ class PromptWatch:
                 "use tokens 'all'."
             )
         self._pipe = pipe
-        self._segments = SEGMENTS[transformer]
+        self._segments = architecture.text
         self._known: deque[tuple[torch.Tensor, list[list[Stretch]]]] = deque(maxlen=8)
         encode = pipe.encode_prompt
 

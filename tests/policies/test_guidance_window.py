@@ -6,42 +6,16 @@ from typing import Any
 import pytest
 import torch
 from blocktune.policies import BlockPolicy, PolicyError, Reuse, Rule, ScaleText, Skip, apply_policy
-from blocktune.policies.architectures import ARCHITECTURES
-from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
+from diffusers import FirstBlockCacheConfig
 from torch import nn
 
 from .by_hand import forward_as, keeping_residuals
 from .families import FAMILIES, STEPS, Family, stacked
+from .guided import Pipeline
 from .pipelines import generate
 
 FAMILY = {family.name: family for family in FAMILIES}
 WINDOWS = [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)]
-
-
-class Pipeline:
-    """As much of a pipeline as guidance takes: batched, or a call for each half."""
-
-    def __init__(self, transformer: nn.Module) -> None:
-        self.transformer = transformer
-        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        self.calls = ARCHITECTURES[type(transformer).__name__].guidance == "calls"
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return True
-
-    def __call__(self, family: Family) -> list[torch.Tensor]:
-        """The transformer's output at each step, `(2, ...)`: the unconditional row first."""
-        self.scheduler.set_timesteps(STEPS)
-        outputs = []
-        for step, t in enumerate(self.scheduler.timesteps):
-            if self.calls:
-                cond = family.forward(self.transformer, batch=1, seed=step)
-                outputs.append(torch.cat([family.forward(self.transformer, batch=1, seed=50 + step), cond]))
-            else:
-                outputs.append(family.forward(self.transformer, batch=2, seed=step))
-            self.scheduler.step(torch.zeros(1), t, torch.zeros(1))
-        return outputs
 
 
 def policy_for(pipe: Any, window: tuple[float, float], *rules: Rule) -> BlockPolicy:

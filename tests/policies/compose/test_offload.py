@@ -3,7 +3,7 @@
 Everything is on one CPU. Sequential offload really takes the weights away (to the meta device) between uses; it is put
 on the transformer alone, as `enable_sequential_cpu_offload` does, because on a CPU that fails in the text encoders,
 policy or not. Model and group offload move weights from the CPU to the CPU: what is tested is that hooks meet, and that
-the weights of a block are called for before it computes, not the transfers, and no streams.
+the weights of a block are called for before it computes; transfers and streams are those of `test_on_cuda.py`.
 """
 
 from collections.abc import Callable
