@@ -331,7 +331,12 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=2, help="in each mode; 2 are meant for 8 minutes of an H100")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=2,
+        help="in each mode, 2 for 8 minutes of an H100; 0: the run and the memory alone",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables; nothing is written for tiny")
     args = parser.parse_args()
     # a graph for every operand and kind of block is more than torch compiles of one function by default
@@ -374,7 +379,11 @@ def write(out: Path, measured: dict[str, Any], results: dict[str, list[dict[str,
     path = out / "overhead.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     before = known.pop("results", {})
-    results = (before if known == measured else {}) | results
+    before = before if known == measured else {}
+    for title, rows in results.items():  # what only another run measured of a model stays
+        named = {row["row"] for row in rows}
+        results[title] = [row for row in before.get(title, []) if row["row"] not in named] + rows
+    results = before | results
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(measured | {"results": results}, indent=2) + "\n")
     (out / "overhead.md").write_text(table(measured, results))
