@@ -216,7 +216,7 @@ class Ray(_Section):
         ge=0,
         lt=1,
         description="this share of a GPU, 0 for none, is for evaluators in a process of their own beside each worker, "
-        "which score a batch while the next is made; in the worker itself when not given",
+        "which score pictures while it makes others, of the next candidate too; in the worker itself when not given",
     )
     prefix_gib: NonNegativeFloat = Field(
         default=2.0,

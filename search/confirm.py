@@ -53,8 +53,8 @@ def confirm(study: Study) -> list[Confirmed]:
     reference = pool.put(run.read_images("confirm-unmodified"))
 
     def keep(job: Job) -> None:
-        measured, distance = job.result
-        run.write_scores(held_out_name(job.tag), prompts, measured.scores, distance)
+        measured = job.result
+        run.write_scores(held_out_name(job.tag), prompts, measured.scores, measured.cmmd)
         run.write_images(held_out_name(job.tag), measured.images[:48])
         study.display.advance(job.tag.name)
 

@@ -2,11 +2,49 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import ray
 
 from ..evaluators import get
 from .config import Config, Objectives
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Scores per picture `(n,)` by evaluator, the pictures (uint8 `(n, h, w, 3)`), and where the seconds went."""
+
+    scores: dict[str, np.ndarray]
+    images: np.ndarray
+    generate_seconds: float
+    score_seconds: float  # not those that passed while pictures were made
+    steps_saved: float  # share of the denoising steps that were known from earlier candidates
+    cmmd: float | None = None  # of all of them to the unmodified model's
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A measurement that a scorer is still at: references to the scores of each batch, and to the CMMD."""
+
+    images: np.ndarray
+    generate_seconds: float
+    steps_saved: float
+    scores: Sequence[Any]
+    cmmd: Any = None
+
+    @property
+    def last(self) -> Any:
+        """The reference that is ready when all are: a scorer does one thing after the other, as it is asked."""
+        return self.scores[-1] if self.cmmd is None else self.cmmd
+
+    def measured(self, score_seconds: float) -> Measurement:
+        """With all scores; raises what a scorer raised, or Ray's errors for one that died, with its worker or alone."""
+        parts = ray.get(list(self.scores))
+        scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        cmmd: Any = None if self.cmmd is None else ray.get(self.cmmd)
+        return Measurement(scores, self.images, self.generate_seconds, score_seconds, self.steps_saved, cmmd)
 
 
 def score(
@@ -28,12 +66,15 @@ def held_out_cmmd(config: Config, images: np.ndarray, reference: np.ndarray) -> 
 
 
 class Scorer:
-    """An actor that scores batch after batch while its worker makes the next; it lives and dies with the worker."""
+    """An actor that scores batch after batch while its worker draws on; it lives and dies with the worker."""
 
     def __init__(self, config: Config) -> None:
         if not config.ray.evaluator_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray does not hide GPUs from an actor that asks for none
-        self.objectives = config.objectives
+        self.config = config
 
     def score(self, images: np.ndarray, texts: Sequence[str], reference: np.ndarray) -> dict[str, np.ndarray]:
-        return score(self.objectives, images, texts, reference)
+        return score(self.config.objectives, images, texts, reference)
+
+    def cmmd(self, images: np.ndarray, reference: np.ndarray) -> float | None:
+        return held_out_cmmd(self.config, images, reference)
