@@ -187,6 +187,12 @@ class Confirm(_Section):
         "pictures of a candidate, as a set, lie from the unmodified model's; when not given, one that ships where the "
         "model is `reference`, else CMMD is not told",
     )
+    fid: str | None = Field(
+        default=None,
+        description="a file or URL of the weights of FID's Inception network, as "
+        "`weights-inception-2015-12-05-6726825d.pth`, by which the report tells the FID of these sets as well; needs "
+        "`blocktune[fid]`, and some thousand pictures to be compared with published ones",
+    )
     repeats: PositiveInt = Field(default=3, description="timed generations per candidate")
     neighbours: NonNegativeInt = Field(
         default=0, description="so many neighbours in the space of each pick are measured on the search prompts"

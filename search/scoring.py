@@ -1,8 +1,8 @@
 """Scores of pictures by all evaluators of a config, in the worker or in an actor of its own beside it."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,30 +21,30 @@ class Measurement:
     generate_seconds: float
     score_seconds: float  # not those that passed while pictures were made
     steps_saved: float  # share of the denoising steps that were known from earlier candidates
-    cmmd: float | None = None  # of all of them to the unmodified model's
+    distances: Mapping[str, float] = field(default_factory=dict)  # of all of them to the unmodified model's
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A measurement that a scorer is still at: references to the scores of each batch, and to the CMMD."""
+    """A measurement that a scorer is still at: references to the scores of each batch, and to the distances."""
 
     images: np.ndarray
     generate_seconds: float
     steps_saved: float
     scores: Sequence[Any]
-    cmmd: Any = None
+    distances: Any = None
 
     @property
     def last(self) -> Any:
         """The reference that is ready when all are: a scorer does one thing after the other, as it is asked."""
-        return self.scores[-1] if self.cmmd is None else self.cmmd
+        return self.scores[-1] if self.distances is None else self.distances
 
     def measured(self, score_seconds: float) -> Measurement:
         """With all scores; raises what a scorer raised, or Ray's errors for one that died, with its worker or alone."""
         parts = ray.get(list(self.scores))
         scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        cmmd: Any = None if self.cmmd is None else ray.get(self.cmmd)
-        return Measurement(scores, self.images, self.generate_seconds, score_seconds, self.steps_saved, cmmd)
+        distances: Any = {} if self.distances is None else ray.get(self.distances)
+        return Measurement(scores, self.images, self.generate_seconds, score_seconds, self.steps_saved, distances)
 
 
 def score(
@@ -55,14 +55,16 @@ def score(
     return {name: get(name).score(images, texts, reference) for name in names}
 
 
-def held_out_cmmd(config: Config, images: np.ndarray, reference: np.ndarray) -> float | None:
-    """CMMD of two sets of pictures by `confirm.cmmd`; None where it names no model and none comes with the pipeline."""
-    from ..evaluators import cmmd
+def held_out_distances(config: Config, images: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Of two sets of pictures, by the models that `confirm` names: `cmmd`, for which one ships, and `fid`."""
+    from ..evaluators import cmmd, fid, load_inception
     from ..evaluators.clip import load_clip
     from ..reference.scorers import PREFERENCE
 
     name = config.confirm.cmmd or (PREFERENCE if config.model.path == "reference" else None)
-    return cmmd(images, reference, load_clip(name, resize_mode="squash").images) if name else None
+    told = {"cmmd": cmmd(images, reference, load_clip(name, resize_mode="squash").images)} if name else {}
+    weights = config.confirm.fid
+    return told | ({"fid": fid(images, reference, load_inception(weights))} if weights else {})
 
 
 class Scorer:
@@ -76,5 +78,5 @@ class Scorer:
     def score(self, images: np.ndarray, texts: Sequence[str], reference: np.ndarray) -> dict[str, np.ndarray]:
         return score(self.config.objectives, images, texts, reference)
 
-    def cmmd(self, images: np.ndarray, reference: np.ndarray) -> float | None:
-        return held_out_cmmd(self.config, images, reference)
+    def distances(self, images: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+        return held_out_distances(self.config, images, reference)

@@ -254,6 +254,7 @@ class Study:
             return False
         metrics = entry.means(self.unmodified.scores) | {
             "latency": latency,
+            "transformer_latency": self.unmodified.transformer_latency(chosen),
             "speedup": self.baseline.latency / latency,
             "images": float(seen),
             "generate_seconds": entry.generate_seconds,

@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,14 +13,14 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..evaluators import CostTable, Prompt, measure_cost_table, time_runs
+from ..evaluators import CostTable, Latency, Prompt, measure_cost_table, time_pipeline, time_runs
 from ..policies.policy import ModelIdentity
 from .candidate import Candidate
 from .config import Config, Generation
 from .generation import Rows, device_name, embed, generate, load, some
 from .prefixes import Prefixes
 from .prompts import read_prompts
-from .scoring import Measurement, Pictures, Scorer, held_out_cmmd, score
+from .scoring import Measurement, Pictures, Scorer, held_out_distances, score
 from .space import guidance_ends_of
 
 T = TypeVar("T")
@@ -147,11 +148,11 @@ class Worker:
         return Measurement(scores, images, made - begin, time.perf_counter() - made, saved)
 
     def confirm(self, chosen: Candidate, reference: np.ndarray) -> Measurement | Pictures:
-        """All held-out pictures of a candidate, with their CMMD to `reference`, where the config has a model for it."""
+        """All held-out pictures of a candidate, with their distances to `reference`, as a set."""
         measured = self.measure(chosen, "confirm", reference)
         if isinstance(measured, Pictures):
-            return replace(measured, cmmd=self._scorer.cmmd.remote(measured.images, reference))
-        return replace(measured, cmmd=held_out_cmmd(self.config, measured.images, reference))
+            return replace(measured, distances=self._scorer.distances.remote(measured.images, reference))
+        return replace(measured, distances=held_out_distances(self.config, measured.images, reference))
 
     def _fitting(self, run: Callable[[], T]) -> T:
         """What `run` returns, tried with half the batch, which then stays, as often as the device's memory is short."""
@@ -178,16 +179,16 @@ class Worker:
             lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands, unguided=unguided)
         )
 
-    def time(self, candidates: list[Candidate], repeats: int) -> list[float]:
-        """Measured seconds of one batch of each, taken in turn so that drift hits all alike."""
+    def time(self, candidates: list[Candidate], repeats: int) -> list[Latency]:
+        """Measured seconds of one batch of each, medians, taken in turn so that drift hits all alike."""
         return self._fitting(lambda: self._time(candidates, repeats))  # all of them at one batch
 
-    def _time(self, candidates: list[Candidate], repeats: int) -> list[float]:
+    def _time(self, candidates: list[Candidate], repeats: int) -> list[Latency]:
         prompts, rows = self._batch("confirm")
-        seconds: list[list[float]] = [[] for _ in candidates]
+        turns: list[list[Latency]] = [[] for _ in candidates]
         for repeat in range(repeats):
             for i, one in enumerate(candidates):
                 told = self.generation.model_copy(update=one.sampling)
                 run = lambda c=one, g=told: generate(self.pipe, prompts, rows, g, c.steps, c.policy)  # noqa: E731
-                seconds[i].append(time_runs(run, repeats=1, warmup=int(repeat == i == 0)))
-        return [float(np.median(s)) for s in seconds]
+                turns[i].append(time_pipeline(self.pipe, run, repeats=1, warmup=int(repeat == i == 0)))
+        return [Latency(median(t.pipeline for t in of), median(t.transformer for t in of)) for of in turns]

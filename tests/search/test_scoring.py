@@ -9,8 +9,10 @@ from blocktune.policies import BlockPolicy, Rule, Skip
 from blocktune.search.candidate import Candidate
 from blocktune.search.config import Config, Objectives
 from blocktune.search.pool import Job, Pool
-from blocktune.search.scoring import score
+from blocktune.search.scoring import held_out_distances, score
 from blocktune.search.worker import Worker
+
+from ..evaluators.checkpoints import inception
 
 
 def config_of(model: Path, **ray) -> Config:
@@ -87,6 +89,15 @@ def test_scores_are_those_of_the_worker(tiny_model, new_world, monkeypatch):
     while scorers() and time.monotonic() < until:
         time.sleep(0.1)
     assert not scorers()
+
+
+def test_distances_of_sets_by_the_models_that_the_config_names(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+    config = Config.model_validate({"confirm": {"fid": inception(tmp_path / "inception.pth")}})
+    told = held_out_distances(config, images, images[:, ::-1])
+    assert list(told) == ["cmmd", "fid"]
+    assert min(told.values()) > 0
+    assert held_out_distances(Config.model_validate({"model": {"path": "other"}}), images, images) == {}
 
 
 def test_a_picture_of_another_size_is_not_in_order():
