@@ -129,7 +129,7 @@ class Pool:
 
     @property
     def size(self) -> int:
-        return len(self._workers)
+        return len({*self._idle, *(work.worker for work in self._work.values())})
 
     @property
     def free(self) -> int:
