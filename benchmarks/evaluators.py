@@ -1,5 +1,10 @@
 """Pictures per second and memory of every score: python -m benchmarks.evaluators [--size full|tiny] [NAME …]
 
+What stands in the folder's `evaluators.json`, of the same device, torch and size, is kept: without NAME the scores that
+are missing are measured, with NAME those, which replace their rows. `vqa_score` alone is the one that takes longest:
+its checkpoint of 7 GiB is made, written and read. A score is timed on as many pictures, 4 at least, as `--seconds`
+allow by the time that the first 4 took.
+
 And its share of the time that a picture takes to be made: 28 steps of SD3.5-Large at 1024x1024 with guidance, timed on
 the same device by a few forwards of the transformer. The decoder and text encoders are left out of that, so a share is
 told too large rather than too small. The last line holds the scores of examples/sd3.5-large.yaml together against 10 %.
@@ -44,6 +49,7 @@ from tests.evaluators.checkpoints import blip, clip, every
 from tests.evaluators.detectors import mask2former
 
 T = TypeVar("T")
+FEW, REPEATS = 4, 2
 RESULTS = Path(__file__).parent / "results" / "evaluators"
 EXAMPLE = "sd3.5-large"
 BAR = 0.10  # of generation, for all scores of the example
@@ -59,8 +65,8 @@ def evaluator_of(key: str, folder: Path, size: Any) -> Evaluator:
     return get(families[key]() if key in families else key)
 
 
-def measure(key: str, size: Any, count: int, side: int, repeats: int) -> dict[str, Any]:
-    """One score, on pictures of smooth noise."""
+def measure(key: str, size: Any, count: int, side: int, seconds: float) -> dict[str, Any]:
+    """One score, on pictures of smooth noise: `count` of them or as many as `seconds` allow, twice."""
     with tempfile.TemporaryDirectory() as folder:
         with device():  # of weights made by chance
             evaluator = evaluator_of(key, Path(folder), size)
@@ -70,22 +76,40 @@ def measure(key: str, size: Any, count: int, side: int, repeats: int) -> dict[st
         )
         texts = [prompt.text for prompt in islice(cycle(prompts("search")), count)]
         reference = pictures[::-1] if evaluator.needs_reference else None
-        seconds: list[float] = []
+        each: list[float] = []
 
-        def score() -> None:
-            evaluator.score(pictures, texts, reference)
+        def score(first: int) -> None:
+            evaluator.score(pictures[:first], texts[:first], None if reference is None else reference[:first])
+
+        few = min(FEW, count)
+        taken = time_runs(lambda: score(few), repeats=1, warmup=1) / few  # the first loads
+        count = max(few, min(count, int(seconds / REPEATS / taken)))
 
         def timed() -> None:
-            seconds.append(time_runs(score, repeats, warmup=0) / count)
+            each.append(time_runs(lambda: score(count), REPEATS, warmup=0) / count)
 
-        score()  # loads
         gc.collect()
         if torch.cuda.is_available():
             memory = peak_memory(timed)
         else:
             timed()
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"score": key, "seconds": seconds[0], "images_per_s": 1 / seconds[0], "memory_gib": memory / 2**30}
+    return {
+        "score": key, "seconds": each[0], "images_per_s": 1 / each[0], "memory_gib": memory / 2**30, "pictures": count,
+    }  # fmt: skip
+
+
+def known(file: Path, setup: dict[str, Any]) -> dict[str, Any]:
+    """What `file` holds, or nothing yet. Raises ValueError where it is of another device, torch or size."""
+    if not file.exists():
+        return setup | {"results": []}
+    told = json.loads(file.read_text())
+    for field, value in setup.items():
+        if told.get(field) != value:
+            raise ValueError(
+                f"{file} has {field} {told.get(field)!r}, here {value!r}; accepted: another --out, or --anew"
+            )
+    return told
 
 
 def generation(size: str, steps: int) -> float:
@@ -112,7 +136,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all when not given: {', '.join(names)}")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--pictures", type=int, help="other than 48 of full, 6 of tiny")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of timing each score, loading not counted")
+    parser.add_argument("--anew", action="store_true", help="keep nothing of what was measured before")
     parser.add_argument("--out", type=Path, help=f"folder of the tables, {RESULTS} for full, none for tiny")
     args = parser.parse_args()
     if unknown := set(args.names) - set(names):
@@ -121,24 +146,32 @@ def main() -> None:
     count = args.pictures or count
     out = args.out or (RESULTS if args.size == "full" else None)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    measured = {"device": gpu, "torch": torch.__version__, "size": args.size, "pictures": count, "pixels": side}
-    measured["generation_s"] = alone(generation, args.size, config.generation.num_inference_steps)
+    setup = {"device": gpu, "torch": torch.__version__, "size": args.size, "pixels": side}
+    file = out / "evaluators.json" if out else None
+    try:
+        measured = known(file, setup) if file and not args.anew else setup | {"results": []}
+    except ValueError as error:
+        parser.error(str(error))
+    rows = {row["score"]: row for row in measured.pop("results")}
+    if "generation_s" not in measured:
+        measured["generation_s"] = alone(generation, args.size, config.generation.num_inference_steps)
     print(", ".join(f"{key} {value}" for key, value in measured.items()), flush=True)
-    rows, failed = [], []
-    for key in args.names or names:
+    failed = []
+    for key in args.names or [name for name in names if name not in rows]:
         try:
-            row = alone(measure, key, args.size, count, side, args.repeats)
+            row = alone(measure, key, args.size, count, side, args.seconds)
         except Exception as error:  # the others are still to be told
             failed.append(f"{key}: {error!r}")
             print(failed[-1], flush=True)
             continue
-        rows.append(row | {"share": row["seconds"] / measured["generation_s"]})
-        print(line(rows[-1]), flush=True)
-        if out:
+        rows[key] = row | {"share": row["seconds"] / measured["generation_s"]}
+        print(line(rows[key]), flush=True)
+        if out and file:
+            ordered = [rows[name] for name in names if name in rows]
             out.mkdir(parents=True, exist_ok=True)
-            (out / "evaluators.json").write_text(json.dumps(measured | {"results": rows}, indent=2) + "\n")
-            (out / "evaluators.md").write_text(table(measured, rows, wanted))
-    print(verdict(rows, wanted))
+            file.write_text(json.dumps(measured | {"results": ordered}, indent=2) + "\n")
+            (out / "evaluators.md").write_text(table(measured, ordered, wanted))
+    print(verdict(list(rows.values()), wanted))
     if failed:
         sys.exit("\n".join(failed))
 

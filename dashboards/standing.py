@@ -199,7 +199,9 @@ def _workers(trials: list[Trial], recent: list[float]) -> list[dict[str, Any]]:
     for number in sorted({t.attributes["worker"] for t in trials if "worker" in t.attributes}):
         own = [t for t in trials if t.attributes.get("worker") == number]
         ends = [(t.start, t.end) for t in own if t.start and t.end and recent and recent[0] < t.end <= recent[-1]]
-        busy = sum(end - max(start, recent[0]) for start, end in ends)
+        busy, known = 0.0, recent[0] if recent else 0.0
+        for start, end in sorted(ends):  # one may be drawn while the last is scored
+            busy, known = busy + max(0.0, end - max(start, known)), max(known, end)
         now = next((t.number for t in own if t.state == "RUNNING"), None)
         done = sum(t.state in ("COMPLETE", "FAIL") for t in own)
         told.append({"worker": number, "trials": done, "load": round(busy / span, 3) if span else None, "now": now})

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from .checkpoints import CheckpointError
     from .distances import cmmd, fid
     from .footprint import count_flops, peak_memory
-    from .latency import CostTable, measure_cost_table, time_runs
+    from .inception import load_inception
+    from .latency import CostTable, Latency, measure_cost_table, time_pipeline, time_runs
 
 __all__ = [
     "CheckpointError",
     "CostTable",
     "Evaluator",
     "Interval",
+    "Latency",
     "Prompt",
     "UnknownEvaluator",
     "as_array",
@@ -40,6 +42,7 @@ __all__ = [
     "fid",
     "get",
     "holm",
+    "load_inception",
     "load_prompts",
     "mcnemar",
     "measure_cost_table",
@@ -53,6 +56,7 @@ __all__ = [
     "read_prompt_set",
     "register",
     "scale_of",
+    "time_pipeline",
     "time_runs",
 ]
 
@@ -61,11 +65,14 @@ __all__ = [
 _LATE = {
     "CheckpointError": "checkpoints",
     "CostTable": "latency",
+    "Latency": "latency",
     "cmmd": "distances",
     "count_flops": "footprint",
     "fid": "distances",
+    "load_inception": "inception",
     "measure_cost_table": "latency",
     "peak_memory": "footprint",
+    "time_pipeline": "latency",
     "time_runs": "latency",
 }
 

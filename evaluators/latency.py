@@ -8,7 +8,7 @@ policy itself with `time_runs` before a number is claimed.
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ class CostTable(BaseModel):
     unguided: NonNegativeFloat = 1.0
     block_skip: NonNegativeFloat = 0.0  # a call of a thin wrapper, microseconds: not measured
     step_overhead: NonNegativeFloat  # per step beside the blocks: embeddings, guidance, scheduler
+    step_outside: NonNegativeFloat = 0.0  # of that, outside of the transformer; 0 in tables that did not tell
     run_overhead: NonNegativeFloat  # per run beside the denoising loop: text encoders, decoder
     run_seconds: NonNegativeFloat  # a whole run of the unmodified model, as measured
     steps: PositiveInt  # calls of the transformer in the measured run
@@ -73,10 +74,17 @@ class CostTable(BaseModel):
 
     def predict_policy(self, policy: BlockPolicy, num_steps: int) -> float:
         """Seconds of a run of `num_steps` steps of the scheduler under `policy`."""
+        return self.run_overhead + sum(self._steps(policy, num_steps, self.step_overhead))
+
+    def predict_transformer(self, policy: BlockPolicy, num_steps: int) -> float:
+        """Seconds of that run in the forwards of the transformer alone."""
+        return sum(self._steps(policy, num_steps, max(0.0, self.step_overhead - self.step_outside)))
+
+    def _steps(self, policy: BlockPolicy, num_steps: int, overhead: float) -> Iterator[float]:
+        """Seconds of each call of the transformer, `overhead` of them beside its blocks."""
         branches: tuple[Branch, ...] = ("both",)
         if ARCHITECTURES[policy.model.transformer].guidance == "calls":
             branches = ("cond", "uncond") if self.calls_per_step == 2 else ("cond",)
-        seconds = self.run_overhead
         for branch in branches:
             plan = Plan.compile(policy, num_steps, branch=branch)
             for row, work, guided in zip(plan.steps, plan.work, plan.guided, strict=True):
@@ -87,8 +95,8 @@ class CostTable(BaseModel):
                     if any(action.operand == operand for _, action in block.scales)
                 )
                 step = self.predict([work]) - self.run_overhead + sum(scaled)
-                seconds += step if guided or branch != "both" else self.unguided * step
-        return seconds
+                step += overhead - self.step_overhead if work else 0.0  # one that is passed over has none
+                yield step if guided or branch != "both" else self.unguided * step
 
     def predict(self, kinds: Sequence[Sequence[str]]) -> float:
         """Seconds of a run in which block `b` in call `i` does `kinds[i][b]`: "compute", "skip" or "reuse".
@@ -113,20 +121,74 @@ class CostTable(BaseModel):
         return seconds
 
 
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of a generation: all of it, and in the forwards of its transformer."""
+
+    pipeline: float
+    transformer: float
+
+
 def time_runs(run: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> float:
-    """Median seconds of `run()` after `warmup` untimed calls; the current CUDA device, if in use, is synchronised."""
+    """Median seconds of `run()` after `warmup` untimed calls.
+
+    By events of the current CUDA device where that is in use, synchronised before and after, else by the clock.
+    """
+    return statistics.median(_timed(run, repeats, warmup))
+
+
+def time_pipeline(pipe: Any, run: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> Latency:
+    """Median seconds of `run()`, as `time_runs`, and of the forwards of `pipe.transformer` in it, summed per run.
+
+    Forward hooks mark where these begin and end, and are gone afterwards; nothing is synchronised in between. A
+    transformer that was compiled with `Module.compile` would be compiled anew for them.
+    """
+    forwards: list[list[Any]] = []
+
+    def marked() -> None:
+        forwards.append([])
+        run()
+
+    def mark(*_: Any) -> None:
+        forwards[-1].append(_mark(torch.cuda.is_initialized()))
+
+    with ExitStack() as hooks:
+        hooks.enter_context(pipe.transformer.register_forward_pre_hook(mark))
+        hooks.enter_context(pipe.transformer.register_forward_hook(mark))
+        pipeline = _timed(marked, repeats, warmup)
+    inside = [sum(_seconds(a, b) for a, b in zip(m[::2], m[1::2], strict=True)) for m in forwards[warmup:]]
+    return Latency(statistics.median(pipeline), statistics.median(inside))
+
+
+def _timed(run: Callable[[], Any], repeats: int, warmup: int) -> list[float]:
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; accepted: 1 or more")
     for _ in range(warmup):
         run()
     seconds = []
     for _ in range(repeats):
+        cuda = torch.cuda.is_initialized()
         _synchronize()
-        start = time.perf_counter()
+        start = _mark(cuda)
         run()
+        end = _mark(cuda)
         _synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        seconds.append(_seconds(start, end))
+    return seconds
+
+
+def _mark(cuda: bool) -> Any:
+    """Now: on the time line of the CUDA device, which the host does not wait for, or by the clock."""
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: Any, end: Any) -> float:
+    """Between two marks; those of a CUDA device must have been reached."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
 def measure_cost_table(
@@ -179,6 +241,7 @@ def measure_cost_table(
         block_scaled=scaling,
         unguided=remains,
         step_overhead=max(0.0, loop / count - sum(compute)),
+        step_outside=max(0.0, loop - statistics.median(run.transformer for run in runs)) / count,
         run_overhead=max(0.0, run_seconds - loop),
         run_seconds=run_seconds,
         steps=count,
@@ -208,6 +271,7 @@ class _Run:
 
     seconds: float
     loop: float
+    transformer: float  # of that, in its forwards
     later: float  # in the loop, from the second step on
     steps: int
     blocks: list[list[float]]
@@ -243,27 +307,20 @@ def _time_run(transformer: torch.nn.Module, blocks: list[torch.nn.Module], call:
 
     def mark(index: int):
         def hook(*_):
-            if cuda:
-                event = torch.cuda.Event(enable_timing=True)
-                event.record()
-                marks[index].append(event)
-            else:
-                marks[index].append(time.perf_counter())
+            marks[index].append(_mark(cuda))
 
         return hook
-
-    def seconds(start: Any, end: Any) -> float:
-        return start.elapsed_time(end) / 1000 if cuda else end - start
 
     with ExitStack() as hooks:
         for index, module in enumerate([*blocks, transformer]):
             hooks.enter_context(module.register_forward_pre_hook(mark(index)))
             hooks.enter_context(module.register_forward_hook(mark(index)))
         _synchronize()
-        start = time.perf_counter()
+        start = _mark(cuda)
         call()
+        end = _mark(cuda)
         _synchronize()
-        whole = time.perf_counter() - start
+        whole = _seconds(start, end)
     *of_blocks, of_transformer = marks
     steps = len(of_transformer) // 2
     for index, of_block in enumerate(of_blocks):
@@ -271,10 +328,11 @@ def _time_run(transformer: torch.nn.Module, blocks: list[torch.nn.Module], call:
             raise ValueError(f"block {index} ran {len(of_block) // 2} times in {steps} steps; accepted: once in each")
     return _Run(
         seconds=whole,
-        loop=min(whole, seconds(of_transformer[0], of_transformer[-1])),
-        later=seconds(of_transformer[2], of_transformer[-1]) if steps > 1 else 0.0,
+        loop=min(whole, _seconds(of_transformer[0], of_transformer[-1])),
+        transformer=sum(_seconds(a, b) for a, b in zip(of_transformer[::2], of_transformer[1::2], strict=True)),
+        later=_seconds(of_transformer[2], of_transformer[-1]) if steps > 1 else 0.0,
         steps=steps,
-        blocks=[[seconds(a, b) for a, b in zip(m[::2], m[1::2], strict=True)] for m in of_blocks],
+        blocks=[[_seconds(a, b) for a, b in zip(m[::2], m[1::2], strict=True)] for m in of_blocks],
     )
 
 

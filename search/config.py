@@ -187,6 +187,12 @@ class Confirm(_Section):
         "pictures of a candidate, as a set, lie from the unmodified model's; when not given, one that ships where the "
         "model is `reference`, else CMMD is not told",
     )
+    fid: str | None = Field(
+        default=None,
+        description="a file or URL of the weights of FID's Inception network, as "
+        "`weights-inception-2015-12-05-6726825d.pth`, by which the report tells the FID of these sets as well; needs "
+        "`blocktune[fid]`, and some thousand pictures to be compared with published ones",
+    )
     repeats: PositiveInt = Field(default=3, description="timed generations per candidate")
     neighbours: NonNegativeInt = Field(
         default=0, description="so many neighbours in the space of each pick are measured on the search prompts"
@@ -216,7 +222,7 @@ class Ray(_Section):
         ge=0,
         lt=1,
         description="this share of a GPU, 0 for none, is for evaluators in a process of their own beside each worker, "
-        "which score a batch while the next is made; in the worker itself when not given",
+        "which score pictures while it makes others, of the next candidate too; in the worker itself when not given",
     )
     prefix_gib: NonNegativeFloat = Field(
         default=2.0,

@@ -53,8 +53,8 @@ def confirm(study: Study) -> list[Confirmed]:
     reference = pool.put(run.read_images("confirm-unmodified"))
 
     def keep(job: Job) -> None:
-        measured, distance = job.result
-        run.write_scores(held_out_name(job.tag), prompts, measured.scores, distance)
+        measured = job.result
+        run.write_scores(held_out_name(job.tag), prompts, measured.scores, measured.distances)
         run.write_images(held_out_name(job.tag), measured.images[:48])
         study.display.advance(job.tag.name)
 
@@ -63,7 +63,7 @@ def confirm(study: Study) -> list[Confirmed]:
 
     study.display.say("timing the candidates on a quiet device")
     (job,) = pool.run([Job("time", ([unmodified, *(candidates[p.key] for p in chosen)], config.confirm.repeats))])
-    base_seconds, *seconds = job.result
+    base, *timed = job.result
 
     before = run.read_scores("confirm-unmodified")
     scored = {p.key: run.read_scores(held_out_name(p)) for p in chosen}
@@ -80,14 +80,15 @@ def confirm(study: Study) -> list[Confirmed]:
             alignment=interval(p, config.objectives.alignment),
             quality=interval(p, config.objectives.quality),
             reported={name: interval(p, name) for name in config.objectives.reported},
-            seconds=s, speedup=base_seconds / s,
+            seconds=told.pipeline, speedup=base.pipeline / told.pipeline,
+            transformer_seconds=told.transformer, transformer_speedup=base.transformer / told.transformer,
             predicted_speedup=study.baseline.latency / p.latency,
             guidance_scale=p.guidance_scale,
             bootstrap=interval(p, config.objectives.alignment, paired_bootstrap),
             p_values=adjusted,
-            cmmd=scored[p.key].attrs.get("cmmd"),
+            **{name: scored[p.key].attrs.get(name) for name in ("cmmd", "fid")},
         )
-        for p, s, adjusted in zip(chosen, seconds, p_values, strict=True)
+        for p, told, adjusted in zip(chosen, timed, p_values, strict=True)
     ]  # fmt: skip
     picks = pick(confirmed, config.confirm.margin, config.confirm.quality_margin)
     for name, member in picks.items():
@@ -106,7 +107,8 @@ def confirm(study: Study) -> list[Confirmed]:
     named_files = {c.name.replace(" ", "-"): c for c in confirmed if c.rules} | picks
     for name, member in named_files.items():
         _file(study, name, member, candidates[member.key], len(confirmed)).save(run.policies / f"{name}.json")
-    baseline = {"seconds": base_seconds, "hypervolume": hypervolume(study.tally.front, study.baseline)}
+    baseline = {"seconds": base.pipeline, "transformer_seconds": base.transformer}
+    baseline |= {"hypervolume": hypervolume(study.tally.front, study.baseline)}
     record = {
         "baseline": baseline,
         "level": level,

@@ -8,7 +8,7 @@ import optuna
 
 from .candidate import Candidate
 from .config import Constraints
-from .worker import Measurement
+from .scoring import Measurement
 
 Scores = Mapping[str, np.ndarray]  # per picture (n,) by evaluator
 

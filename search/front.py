@@ -68,6 +68,9 @@ class Confirmed:
     bootstrap: Interval | None = None  # of alignment, beside the t interval
     p_values: dict[str, float] = field(default_factory=dict)  # of differences, Holm-corrected over all confirmed
     cmmd: float | None = None  # of all pictures to the unmodified model's
+    fid: float | None = None  # as well
+    transformer_seconds: float | None = None  # of `seconds`, in the forwards of the transformer
+    transformer_speedup: float | None = None
 
     def holds(self, margin: float, quality_margin: float) -> bool:
         """Whether neither alignment nor quality loses more than its margin, by the lower ends of their intervals."""

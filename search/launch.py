@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,7 +16,7 @@ import psutil
 import ray
 
 from ..evaluators.clip import check_clip
-from .config import Config
+from .config import Config, ConfigError
 from .confirm import confirm
 from .estimate import detectable
 from .front import Confirmed, held_out_name
@@ -34,7 +35,16 @@ def check(config: Config) -> None:
     check_objectives(config)
     if config.confirm.cmmd:
         check_clip(config.confirm.cmmd)
+    if config.confirm.fid:
+        _check_fid(config.confirm.fid)
     check_spread("prompts.confirm", read_prompts(config, "confirm"))
+
+
+def _check_fid(weights: str) -> None:
+    if find_spec("torch_fidelity") is None:
+        raise ConfigError("confirm.fid needs torch-fidelity, which is not installed: pip install 'blocktune[fid]'.")
+    if not weights.startswith("https://") and not Path(weights).expanduser().is_file():
+        raise ConfigError(f"confirm.fid is {weights!r}; accepted: a file that is there, or an https:// URL of one.")
 
 
 def launch(

@@ -14,10 +14,12 @@ import ray
 import ray.exceptions
 
 from .config import Config, ConfigError
+from .scoring import Pictures
 from .worker import Description, Worker
 
 MOST_ON_CPUS = 8  # each holds a pipeline in memory
 RETRIES = 1  # a job whose worker died is tried once more
+AHEAD = 1  # so many candidates may wait for their scores while their worker draws another
 
 
 class JobFailed(RuntimeError):
@@ -37,8 +39,28 @@ class Job:
     worker: int = 0  # the number of the one that has it or had it last
 
 
+@dataclass
+class _Work:
+    """A job that a worker is at, or the pictures of one that its scorer is at."""
+
+    worker: Any
+    job: Job
+    until: float  # when it is late
+    pictures: Pictures | None = None
+    made: float = 0.0  # when the pictures were
+    drawn_on: float | None = None  # when its worker began the next
+
+    @property
+    def waited(self) -> float:
+        """Seconds of its worker that its scores took: those in which nothing was drawn."""
+        return (time.monotonic() if self.drawn_on is None else self.drawn_on) - self.made
+
+
 class Pool:
-    """Long-lived workers, one job each at a time. Ray's own retries are off: a poisonous job must not kill them all."""
+    """Long-lived workers, one job each at a time, the next while a scorer beside is still at the last one's pictures.
+
+    Ray's own retries are off: a poisonous job must not kill them all.
+    """
 
     def __init__(self, config: Config, dtype: str | None = None):
         self.config = config
@@ -88,7 +110,8 @@ class Pool:
         self.nodes = [self.description.node] + [self._described(worker).node for worker in rest]
         self._workers = [first, *rest]  # by number; one that dies is replaced in its place
         self._idle = list(self._workers)
-        self._running: dict[Any, tuple[Any, Job, float]] = {}  # until when it may take
+        self._waiting: list[Job] = []  # for a worker; none while one is idle
+        self._work: dict[Any, _Work] = {}  # by what Ray gives when it is done, oldest first
         self._new: set[Any] = {first, *rest}  # those that still load, the pipeline or their evaluators
 
     @staticmethod
@@ -106,60 +129,101 @@ class Pool:
 
     @property
     def size(self) -> int:
-        return len(self._idle) + len(self._running)
+        return len({*self._idle, *(work.worker for work in self._work.values())})
 
     @property
     def free(self) -> int:
+        """Workers that a job would not wait for."""
         return len(self._idle)
 
     @property
     def busy(self) -> int:
-        return len(self._running)
+        """Jobs that have not finished, those included whose pictures are being scored."""
+        return len(self._work) + len(self._waiting)
 
     def put(self, value: Any) -> Any:
         """Share a large value with all workers; pass what comes back as an argument."""
         return ray.put(value)
 
     def submit(self, job: Job) -> None:
-        worker = self._idle.pop()
-        job.attempts, job.worker = job.attempts + 1, self._workers.index(worker)
-        reference = getattr(worker, job.method).remote(*job.args)
+        """Hand `job` to a worker that is free, or to the next that will be."""
+        self._waiting.append(job)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self._waiting and self._idle:
+            worker, job, now = self._idle.pop(), self._waiting.pop(0), time.monotonic()
+            for work in self._of(worker):
+                work.drawn_on = now if work.drawn_on is None else work.drawn_on
+            job.attempts, job.worker = job.attempts + 1, self._workers.index(worker)
+            reference = getattr(worker, job.method).remote(*job.args)
+            self._work[reference] = _Work(worker, job, self._until(worker))
+
+    def _of(self, worker: Any) -> list[_Work]:
+        return [work for work in self._work.values() if work.worker is worker]
+
+    def _until(self, worker: Any) -> float:
         loading = 3 * self._starting if worker in self._new else 0.0
-        until = math.inf if self.limit is None else time.monotonic() + self.limit + loading
-        self._running[reference] = (worker, job, until)
+        return math.inf if self.limit is None else time.monotonic() + self.limit + loading
 
     def wait(self, timeout: float = 1.0) -> list[Job]:
         """Finished jobs; none after `timeout` seconds. One whose worker died or hung goes on its replacement."""
-        ready, others = ray.wait(list(self._running), timeout=timeout)
-        late = [reference for reference in others if time.monotonic() > self._running[reference][2]]
-        finished = []
-        for reference in [*ready, *late]:
-            worker, job, _ = self._running.pop(reference)
-            lost = f"took more than {self.limit:.0f} s," if reference in late else None
-            try:
-                if not lost:
-                    job.result = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                job.error = " ".join(str(error.cause).split())[:300] or type(error.cause).__name__
-            except ray.exceptions.RayActorError:
-                lost = "died"
-            if lost:
-                # a new actor, not Ray's restart: calls to one that restarts fail at once instead of waiting for it
-                ray.kill(worker)
-                self._new.discard(worker)
-                worker = self._actor.remote(self.config, self.description.dtype)
-                self._workers[job.worker] = worker
-                self._new.add(worker)
-                if job.attempts <= RETRIES:
-                    self._idle.append(worker)
-                    self.submit(job)
-                    continue
-                job.error = f"its worker {lost} {job.attempts} times"
-            else:
-                self._new.discard(worker)
-            self._idle.append(worker)
-            finished.append(job)
+        ready, others = ray.wait(list(self._work), timeout=timeout)
+        late = [reference for reference in others if time.monotonic() > self._work[reference].until]
+        finished = [job for reference in [*ready, *late] for job in self._taken(reference, reference in late)]
+        self._hand_out()
         return finished
+
+    def _taken(self, reference: Any, late: bool) -> list[Job]:
+        """The job behind `reference`, where that finished it."""
+        if reference not in self._work:  # lost meanwhile, with another of its worker's
+            return []
+        work = self._work[reference]
+        worker, job, pictures = work.worker, work.job, work.pictures
+        if late:
+            return self._lost(work, f"took more than {self.limit:.0f} s,")
+        try:
+            result = ray.get(reference) if pictures is None else pictures.measured(work.waited)
+        except ray.exceptions.RayTaskError as error:
+            result, job.error = None, " ".join(str(error.cause).split())[:300] or type(error.cause).__name__
+        except ray.exceptions.RayActorError:  # the worker or its scorer, by the first that it was at
+            return self._lost(next(w for w in self._of(worker) if (w.pictures is None) == (pictures is None)), "died")
+        except ray.exceptions.ObjectLostError:  # scores are their worker's: it died, by what it drew meanwhile
+            return self._lost(next((w for w in self._of(worker) if w.pictures is None), work), "died")
+        del self._work[reference]
+        others = self._of(worker)
+        if isinstance(result, Pictures):
+            until = math.inf if others else self._until(worker)  # its scorer is at another before
+            self._work[result.last] = _Work(worker, job, until, result, time.monotonic())
+        else:
+            job.result = result
+            self._new.discard(worker)
+            if pictures is not None and others and others[0].pictures is not None:
+                others[0].until = self._until(worker)
+        works = self._of(worker)
+        draws = any(w.pictures is None for w in works)
+        if not draws and len(works) <= AHEAD and worker not in self._idle:
+            self._idle.append(worker)
+        return [] if isinstance(result, Pictures) else [job]
+
+    def _lost(self, work: _Work, how: str) -> list[Job]:
+        """Replace the worker of `work`; what else it and its scorer were at is not to blame, and goes on as well."""
+        worker, job = work.worker, work.job
+        others = [other.job for other in self._of(worker) if other is not work]
+        self._work = {reference: other for reference, other in self._work.items() if other.worker is not worker}
+        # a new actor, not Ray's restart: calls to one that restarts fail at once instead of waiting for it
+        ray.kill(worker)
+        self._new.discard(worker)
+        fresh = self._actor.remote(self.config, self.description.dtype)
+        self._workers[job.worker] = fresh
+        self._new.add(fresh)
+        self._idle = [fresh, *(idle for idle in self._idle if idle is not worker)]
+        for other in others:
+            other.attempts -= 1
+        again = job.attempts <= RETRIES
+        self._waiting[:0] = [job, *others] if again else others
+        job.error = None if again else f"its worker {how} {job.attempts} times"
+        return [] if again else [job]
 
     def run(self, jobs: list[Job], done: Callable[[Job], None] = lambda job: None) -> list[Job]:
         """All jobs, as many at a time as there are workers, in their order. JobFailed when one failed."""
@@ -169,10 +233,10 @@ class Pool:
 
     def try_all(self, jobs: list[Job], done: Callable[[Job], None] = lambda job: None) -> list[Job]:
         """All jobs, as `run`; `done` is called for each that succeeded, and those that failed are given back."""
-        waiting, failed = list(jobs), []
-        while waiting or self._running:
-            while waiting and self._idle:
-                self.submit(waiting.pop(0))
+        failed = []
+        for job in jobs:
+            self.submit(job)
+        while self.busy:
             for job in self.wait():
                 if job.error:
                     failed.append(job)

@@ -206,13 +206,17 @@ def write_report(run: RunDirectory, facts: dict[str, str]) -> None:
         "",
     ]
     names = [config.objectives.alignment, config.objectives.quality, *config.objectives.reported]
-    lines.append("| candidate | steps | speed-up, measured (predicted) | " + " | ".join(names) + " | held | pick |")
-    lines.append("|---|---|---|" + "---|" * (len(names) + 2))
+    apart = all(c.transformer_speedup for c in confirmed)  # not so in runs of before
+    speeds = ["speed-up, measured (predicted)", *(["transformer alone"] if apart else [])]
+    lines.append("| " + " | ".join(["candidate", "steps", *speeds, *names, "held", "pick"]) + " |")
+    lines.append("|" + "---|" * (len(speeds) + len(names) + 4))
     for c in confirmed:
         cells = [c.alignment.points, c.quality.points, *(_interval_of(n, c) for n in config.objectives.reported)]
         held = "yes" if c.holds(record["margin"], record["quality_margin"]) else "no"
+        alone = f"{c.transformer_speedup:.2f}x | " if apart else ""
         lines.append(
             f"| {c.name} | {c.steps}{beside_steps(c.guidance_scale)} | {c.speedup:.2f}x ({c.predicted_speedup:.2f}x) | "
+            + alone
             + " | ".join(cells)
             + f" | {held} | {', '.join(c.picks)} |"
         )
@@ -236,16 +240,16 @@ def write_report(run: RunDirectory, facts: dict[str, str]) -> None:
 
 
 def _tests(confirmed: list[Confirmed], config: Config) -> list[str]:
-    """A table of p-values, of the bootstrap beside the t interval, and of CMMD; nothing for runs of before."""
+    """A table of p-values, of the bootstrap beside the t interval, of CMMD and FID; nothing for runs of before."""
     if not any(c.p_values for c in confirmed):
         return []
     alignment, names = config.objectives.alignment, list(confirmed[0].p_values)
-    rows = [["candidate", f"{alignment}, by bootstrap", *(f"p of {name}" for name in names), "CMMD"]]
+    told = [name for name in ("CMMD", "FID") if any(getattr(c, name.lower()) is not None for c in confirmed)]
+    rows = [["candidate", f"{alignment}, by bootstrap", *(f"p of {name}" for name in names), *told]]
     for c in confirmed:
         cells = [c.bootstrap.points if c.bootstrap else "", *(f"{c.p_values[name]:.2g}" for name in names)]
-        rows.append([c.name, *cells, "" if c.cmmd is None else f"{c.cmmd:.2g}"])
-    if all(c.cmmd is None for c in confirmed):
-        rows = [row[:-1] for row in rows]
+        values = (getattr(c, distance.lower()) for distance in told)
+        rows.append([c.name, *cells, *("" if value is None else f"{value:.3g}" for value in values)])
     rows.insert(1, ["---"] * len(rows[0]))
     exact = "; of scores of 0 and 1 by McNemar's exact test, where pictures of a prompt change sides together"
     return [
@@ -256,8 +260,9 @@ def _tests(confirmed: list[Confirmed], config: Config) -> list[str]:
         f"p-values, two-sided, are Holm-corrected over all {len(confirmed)} candidates: of {alignment} by a paired "
         f"t test over prompts{exact if len(names) > 1 else ''}. The bootstrap draws whole prompts, at the level above."
         + (
-            " CMMD compares a candidate's held-out pictures with the unmodified model's as sets: 0 for equal ones."
-            if any(c.cmmd is not None for c in confirmed)
+            f" {' and '.join(told)}: a candidate's held-out pictures against the unmodified model's, as sets: 0 for "
+            "equal ones."
+            if told
             else ""
         ),
         "",

@@ -3,7 +3,9 @@
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -98,11 +100,15 @@ class RunDirectory:
         return json.loads(self.state.read_text()) if self.state.exists() else {}
 
     def write_scores(
-        self, name: str, prompts: tuple[Prompt, ...], scores: dict[str, np.ndarray], cmmd: float | None = None
+        self,
+        name: str,
+        prompts: tuple[Prompt, ...],
+        scores: dict[str, np.ndarray],
+        distances: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Per-image scores as `scores/<name>.parquet`: a row per picture with prompt, kind, seed and scores.
 
-        `cmmd`, which is of all of them together, is an attribute of the table.
+        `distances`, which are of all of them together, are attributes of the table.
         """
         table = pd.DataFrame(
             {
@@ -112,7 +118,7 @@ class RunDirectory:
                 **scores,
             }
         )
-        table.attrs = {} if cmmd is None else {"cmmd": cmmd}
+        table.attrs = {**distances}
         beside = self.scores / f"{name}.new"
         table.to_parquet(beside, index=False)
         beside.replace(self.scores / f"{name}.parquet")

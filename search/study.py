@@ -176,13 +176,18 @@ class Study:
         self.display.say(f"the search ends at {ended}")
 
     def _draw(self, entry: Entry) -> None:
-        """The pictures of the next round, on a free worker."""
+        """The pictures of the next round, on the next free worker."""
         asked = entry.chosen, "search", self.unmodified.images, next(entry.rounds), entry.images
         job = Job("measure", asked, entry)
         self.pool.submit(job)
-        if entry.trial.user_attrs.get("worker") != job.worker:
-            entry.trial.set_user_attr("worker", job.worker)
+        self._note_worker(job)
         self._storage.write()
+
+    def _note_worker(self, job: Job) -> None:
+        """Which worker has or had a job; one that waits has none yet, and a death may hand it to another."""
+        trial = job.tag.trial
+        if job.attempts and trial.user_attrs.get("worker") != job.worker:
+            trial.set_user_attr("worker", job.worker)
 
     def _outside(self, params: dict[str, Any]) -> bool:
         """Whether an anchor lies outside of the space: its sampler must not learn from it."""
@@ -229,6 +234,7 @@ class Study:
         """Take in what a job measured; whether that ended its trial."""
         entry: Entry = job.tag
         trial, chosen = entry.trial, entry.chosen
+        self._note_worker(job)
         reason = job.error
         if job.result is not None:
             entry.add(job.result)
@@ -248,6 +254,7 @@ class Study:
             return False
         metrics = entry.means(self.unmodified.scores) | {
             "latency": latency,
+            "transformer_latency": self.unmodified.transformer_latency(chosen),
             "speedup": self.baseline.latency / latency,
             "images": float(seen),
             "generate_seconds": entry.generate_seconds,

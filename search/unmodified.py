@@ -51,6 +51,10 @@ class Unmodified:
         """Predicted seconds of a batch: noise of timing would mislead the sampler; confirm times for real."""
         return self.costs.predict_policy(chosen.policy, chosen.steps)
 
+    def transformer_latency(self, chosen: Candidate) -> float:
+        """Of these, seconds in the forwards of the transformer."""
+        return self.costs.predict_transformer(chosen.policy, chosen.steps)
+
     def differences(self, scores: Any) -> np.ndarray:
         """Alignment and quality of the first pictures less its own, in shares of 100 points: `(n, 2)`."""
         both = [np.asarray(scores[name]) - self.scores[name][: len(scores[name])] for name in self._objectives]

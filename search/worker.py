@@ -4,37 +4,26 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
-import ray.exceptions
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..evaluators import CostTable, Prompt, measure_cost_table, time_runs
+from ..evaluators import CostTable, Latency, Prompt, measure_cost_table, time_pipeline, time_runs
 from ..policies.policy import ModelIdentity
 from .candidate import Candidate
 from .config import Config, Generation
 from .generation import Rows, device_name, embed, generate, load, some
 from .prefixes import Prefixes
 from .prompts import read_prompts
-from .scoring import Scorer, held_out_cmmd, score
+from .scoring import Measurement, Pictures, Scorer, held_out_distances, score
 from .space import guidance_ends_of
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Scores per picture `(n,)` by evaluator, the pictures (uint8 `(n, h, w, 3)`), and where the seconds went."""
-
-    scores: dict[str, np.ndarray]
-    images: np.ndarray
-    generate_seconds: float
-    score_seconds: float  # not those that passed while pictures were made
-    steps_saved: float  # share of the denoising steps that were known from earlier candidates
 
 
 @dataclass(frozen=True)
@@ -118,11 +107,11 @@ class Worker:
         count: int | None = None,
         start: int = 0,
         changed: dict[str, Any] | None = None,
-    ) -> Measurement:
-        """The split's pictures, or those from `start` to `count`, of one candidate, scored.
+    ) -> Measurement | Pictures:
+        """The split's pictures, or those from `start` to `count`, of one candidate: scored, or on their way to it.
 
-        `reference` are the unmodified model's pictures of the whole split; `changed` are fields of `generation`, which
-        go before the candidate's own.
+        Evaluators in an actor of their own are not waited for. `reference` are the unmodified model's pictures of the
+        whole split; `changed` are fields of `generation`, which go before the candidate's own.
         """
         sampling = chosen.sampling | (changed or {})
         prompts, rows = self._split(split, self.generation.model_copy(update=sampling))
@@ -154,15 +143,16 @@ class Worker:
         made = time.perf_counter()
         saved = (prefixes.given - given) / (prefixes.steps - taken) if prefixes.steps > taken else 0.0
         if self._scorer:
-            scores = self._gathered(pending)
-        else:
-            scores = score(self.config.objectives, images, texts, images if reference is None else reference[part])
+            return Pictures(images, made - begin, saved, pending)
+        scores = score(self.config.objectives, images, texts, images if reference is None else reference[part])
         return Measurement(scores, images, made - begin, time.perf_counter() - made, saved)
 
-    def confirm(self, chosen: Candidate, reference: np.ndarray) -> tuple[Measurement, float | None]:
-        """All held-out pictures of a candidate, and their CMMD to `reference`, where the config has a model for it."""
+    def confirm(self, chosen: Candidate, reference: np.ndarray) -> Measurement | Pictures:
+        """All held-out pictures of a candidate, with their distances to `reference`, as a set."""
         measured = self.measure(chosen, "confirm", reference)
-        return measured, held_out_cmmd(self.config, measured.images, reference)
+        if isinstance(measured, Pictures):
+            return replace(measured, distances=self._scorer.distances.remote(measured.images, reference))
+        return replace(measured, distances=held_out_distances(self.config, measured.images, reference))
 
     def _fitting(self, run: Callable[[], T]) -> T:
         """What `run` returns, tried with half the batch, which then stays, as often as the device's memory is short."""
@@ -174,17 +164,6 @@ class Worker:
                     raise
             self.generation = self.generation.model_copy(update={"batch": self.generation.batch // 2})
             torch.cuda.empty_cache()
-
-    @staticmethod
-    def _gathered(pending: list[Any]) -> dict[str, np.ndarray]:
-        """The scores of all batches. A worker whose scorer died dies as well: whoever replaces it replaces both."""
-        try:
-            parts = ray.get(pending)
-        except ray.exceptions.RayActorError:
-            os._exit(1)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _batch(self, split: str) -> tuple[tuple[Prompt, ...], Rows]:
         prompts, rows = self._split(split, self.generation)
@@ -200,16 +179,16 @@ class Worker:
             lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands, unguided=unguided)
         )
 
-    def time(self, candidates: list[Candidate], repeats: int) -> list[float]:
-        """Measured seconds of one batch of each, taken in turn so that drift hits all alike."""
+    def time(self, candidates: list[Candidate], repeats: int) -> list[Latency]:
+        """Measured seconds of one batch of each, medians, taken in turn so that drift hits all alike."""
         return self._fitting(lambda: self._time(candidates, repeats))  # all of them at one batch
 
-    def _time(self, candidates: list[Candidate], repeats: int) -> list[float]:
+    def _time(self, candidates: list[Candidate], repeats: int) -> list[Latency]:
         prompts, rows = self._batch("confirm")
-        seconds: list[list[float]] = [[] for _ in candidates]
+        turns: list[list[Latency]] = [[] for _ in candidates]
         for repeat in range(repeats):
             for i, one in enumerate(candidates):
                 told = self.generation.model_copy(update=one.sampling)
                 run = lambda c=one, g=told: generate(self.pipe, prompts, rows, g, c.steps, c.policy)  # noqa: E731
-                seconds[i].append(time_runs(run, repeats=1, warmup=int(repeat == i == 0)))
-        return [float(np.median(s)) for s in seconds]
+                turns[i].append(time_pipeline(self.pipe, run, repeats=1, warmup=int(repeat == i == 0)))
+        return [Latency(median(t.pipeline for t in of), median(t.transformer for t in of)) for of in turns]

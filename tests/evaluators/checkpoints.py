@@ -129,6 +129,23 @@ def lpips(folder: Path) -> str:
     return f"{folder / 'alex.pth'} with {folder / 'alexnet.pth'}"
 
 
+def inception(file: Path) -> str:
+    """As the weights of FID's Inception are published: torchvision's network of 1008 classes; there is one size."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(9)
+    model = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):  # pictures are heard to the end
+                nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.8, 1.2)
+    torch.save(model.state_dict(), file)
+    return str(file)
+
+
 def _clip_tokenizer():
     from transformers import CLIPTokenizer
 

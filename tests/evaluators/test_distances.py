@@ -1,9 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from blocktune.evaluators import cmmd, fid, get
+from blocktune.evaluators import CheckpointError, cmmd, fid, get, load_inception
 from blocktune.evaluators.clip import load_clip
 from blocktune.evaluators.dinov2 import DinoV2
+from PIL import Image
+from torch.nn import functional
+
+from .checkpoints import inception
 
 RNG = np.random.default_rng(0)
 
@@ -52,8 +56,6 @@ def cmmd_by_hand(a: np.ndarray, b: np.ndarray) -> float:
 def test_cmmd_is_the_published_formula(model_scores):
     clip = load_clip(model_scores["clip_score"].partition(":")[2], resize_mode="squash")
     x, y = RNG.integers(0, 256, (7, 40, 32, 3), dtype=np.uint8), RNG.integers(0, 128, (5, 40, 32, 3), dtype=np.uint8)
-    from PIL import Image
-
     a, b = (clip.images([Image.fromarray(picture) for picture in images]).double().numpy() for images in (x, y))
     np.testing.assert_allclose((a**2).sum(1), 1, rtol=0, atol=1e-6)
     assert cmmd(x, y, clip.images) == pytest.approx(cmmd_by_hand(a, b), abs=1e-9)
@@ -88,3 +90,56 @@ def test_pictures_out_of_order_are_refused():
             distance(x, [], mean_colour)
     with pytest.raises(ValueError, match="fid has 1 images and 4 reference pictures"):
         fid(x[:1], x, mean_colour)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    return inception(tmp_path_factory.mktemp("inception") / "weights-inception-2015-12-05-6726825d.pth")
+
+
+def test_inception_is_the_network_of_fid(weights, monkeypatch):
+    """torchvision's, but for what FID's has otherwise: padding is left out of means, and the last of them is a maximum.
+
+    Heusel et al.'s graph, as pytorch-fid describes it; pictures of 299 pixels, which are not scaled.
+    """
+    from torchvision.models import inception_v3
+
+    pictures = RNG.integers(0, 256, (2, 299, 299, 3), dtype=np.uint8)
+    vectors = load_inception(weights)([Image.fromarray(picture) for picture in pictures])
+    assert vectors.shape == (2, 2048)
+    assert vectors.dtype == torch.float32
+    assert load_inception(weights)([]).shape == (0, 2048)
+    model = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    model.load_state_dict(torch.load(weights))
+    model.fc = torch.nn.Identity()
+    means, mean = [], functional.avg_pool2d
+
+    def pool(x, **shape):
+        means.append(x)
+        if len(means) == 9:
+            return functional.max_pool2d(x, **shape)
+        return mean(x, **shape, count_include_pad=False)
+
+    monkeypatch.setattr(functional, "avg_pool2d", pool)
+    with torch.inference_mode():
+        expected = model.eval()((torch.from_numpy(pictures).permute(0, 3, 1, 2).float() - 128) / 128)
+    assert len(means) == 9
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(vectors, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_inception_sees_each_picture_alone(weights):
+    """Of two sizes, together and one by one. A FID by it is told in tests/search/test_scoring.py."""
+    pictures = [Image.fromarray(RNG.integers(0, 256, size, dtype=np.uint8)) for size in [(40, 32, 3), (32, 40, 3)]]
+    embed = load_inception(weights)
+    one_by_one = torch.cat([embed([picture]) for picture in pictures])
+    np.testing.assert_allclose(embed(pictures), one_by_one, rtol=1e-3, atol=1e-4)
+    assert (one_by_one[0] - one_by_one[1]).abs().max() > 0.01
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other.pth', which is not of FID's Inception: .* Missing key"):
+        load_inception(str(tmp_path / "other.pth"))
+    with pytest.raises(CheckpointError, match=r"nowhere.pth', which cannot be read"):
+        load_inception("nowhere.pth")

@@ -1,4 +1,5 @@
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import pairwise
 from types import SimpleNamespace
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from blocktune.evaluators import CostTable, measure_cost_table, time_runs
+from blocktune.evaluators import CostTable, measure_cost_table, time_pipeline, time_runs
 from blocktune.policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from blocktune.policies.architectures import ARCHITECTURES, Architecture, Blocks
 from blocktune.policies.attention import ScaledAttention
@@ -231,6 +232,7 @@ def test_times_land_where_they_were_spent(clock):
     table = measure_cost_table(SimpleNamespace(transformer=model), call, repeats=3)
     assert table.block_compute == pytest.approx([0.01, 0.03])
     assert table.step_overhead == pytest.approx(0.004)
+    assert table.step_outside == pytest.approx(0)
     assert table.run_overhead == pytest.approx(0.02)
     assert table.run_seconds == pytest.approx(0.02 + 3 * 0.044)
     assert table.rows == 1
@@ -258,13 +260,72 @@ def test_time_runs(clock):
         time_runs(run, repeats=0)
 
 
+def sleeping(steps: int = 3) -> tuple[SimpleNamespace, Callable[[], SimpleNamespace]]:
+    """A pipeline of steps of 44 ms in the transformer and 5 outside, and 20 before them."""
+    model = Sleepers(0.01, 0.03)
+
+    def call():
+        time.sleep(0.02)
+        for _ in range(steps):
+            model(torch.ones(1, 4, 8))
+            time.sleep(0.005)
+        return SimpleNamespace(images=np.zeros((1, 16, 16, 3)))
+
+    return SimpleNamespace(transformer=model), call
+
+
+def test_the_transformer_alone_is_timed(clock):
+    pipe, call = sleeping()
+    state = hooks_of(pipe.transformer)
+    timed = time_pipeline(pipe, call, repeats=3, warmup=2)
+    assert timed.transformer == pytest.approx(3 * 0.044)
+    assert timed.pipeline == pytest.approx(0.02 + 3 * 0.049)
+    assert hooks_of(pipe.transformer) == state
+    with pytest.raises(ValueError, match="repeats is 0"):
+        time_pipeline(pipe, call, repeats=0)
+    with pytest.raises(ZeroDivisionError):
+        time_pipeline(pipe, lambda: 1 / 0)
+    assert hooks_of(pipe.transformer) == state
+
+
+def test_the_transformer_alone_is_predicted(clock):
+    """Of a run whose last pause lies after the loop, where nothing tells it from the decoder."""
+    pipe, call = sleeping()
+    table = measure_cost_table(pipe, call, repeats=3)
+    assert table.step_overhead == pytest.approx(0.004 + 2 * 0.005 / 3)
+    assert table.step_outside == pytest.approx(2 * 0.005 / 3)
+    model = {"transformer": "Sleepers", "num_blocks": 2, "fingerprint": "0" * 64}
+    skip = {"blocks": [1], "window": [0.5, 1.0], "action": {"type": "skip"}}
+    for rules, saved in (([], 0.0), ([skip], 2 * 0.03)):
+        policy = BlockPolicy.model_validate({"name": "p", "model": model, "rules": rules})
+        assert table.predict_transformer(policy, 4) == pytest.approx(4 * 0.044 - saved)
+        assert table.predict_policy(policy, 4) == pytest.approx(
+            table.predict_transformer(policy, 4) + table.run_overhead + 4 * table.step_outside
+        )
+    before = {key: value for key, value in table.model_dump().items() if key != "step_outside"}
+    assert CostTable.model_validate(before).step_outside == 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda(pipe):
     pipe.to("cuda")
     try:
         table = measure_cost_table(pipe, lambda: generate(pipe), repeats=3)
+        timed = time_pipeline(pipe, lambda: generate(pipe), repeats=3)
+        began = time.perf_counter()
+        seconds = time_runs(lambda: generate(pipe), repeats=3)
+        passed = time.perf_counter() - began
+        # a product that the host does not wait for is timed to its end: the second is 64 times the first
+        sides = [torch.ones(n, n, device="cuda") for n in (2048, 8192)]
+        small, large = (time_runs(lambda x=x: [x @ x for _ in range(4)]) for x in sides)
     finally:
         pipe.to("cpu")
+    assert 0 < timed.transformer < timed.pipeline
+    assert timed.pipeline == pytest.approx(seconds, rel=0.5)
+    assert 3 * seconds < passed
+    assert large > 8 * small
+    policy = BlockPolicy.for_model(pipe, "plain", [])
+    assert table.predict_transformer(policy, STEPS) == pytest.approx(timed.transformer, rel=0.5)
     assert table.device == torch.cuda.get_device_name()
     assert table.predict(kinds("compute")) == pytest.approx(table.run_seconds, rel=1e-9)
     assert all(c > 0 for c in table.block_compute)

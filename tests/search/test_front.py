@@ -199,7 +199,14 @@ def test_confirmed_goes_through_json_unchanged() -> None:
     assert Confirmed.from_dict(one.to_dict()) == one
     assert "guidance_scale" not in one.to_dict()
     told = {"shapes": 0.01, "shapes_binary": 1.0}
-    other = replace(one, guidance_scale=4.5, bootstrap=one.alignment, p_values=told, cmmd=0.5)
+    other = replace(one, guidance_scale=4.5, bootstrap=one.alignment, p_values=told, cmmd=0.5, fid=7.5)
     assert Confirmed.from_dict(other.to_dict()) == other
-    later = ("bootstrap", "p_values", "cmmd")  # what files of before do not have
+    later = (
+        "bootstrap",
+        "p_values",
+        "cmmd",
+        "fid",
+        "transformer_seconds",
+        "transformer_speedup",
+    )  # what files of before do not have
     assert Confirmed.from_dict({k: v for k, v in one.to_dict().items() if k not in later}) == one

@@ -1,6 +1,7 @@
 """The whole road by the command line: search, then everything that reads what it wrote."""
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 from blocktune.evaluators import holm, paired_t_test
 from blocktune.policies import BlockPolicy
 from blocktune.reference.scorers import PREFERENCE
+from blocktune.search.report import write_report
+from blocktune.search.run_directory import RunDirectory
 from PIL import Image
 
 TRIALS = 8
@@ -140,6 +143,7 @@ def test_differences_are_tested_for_all_candidates_together(searched: Path) -> N
         scores = pd.read_parquet(searched / "scores" / f"confirm-{one['key'][:16]}-{one['steps']}.parquet")
         plain.append(paired_t_test(scores["lamp:Brightness"], before["lamp:Brightness"], list(before["prompt"])))
         assert one["cmmd"] == scores.attrs["cmmd"] > 0
+        assert one["fid"] is None
         assert one["bootstrap"]["delta"] == pytest.approx(one["alignment"]["delta"])
         assert one["bootstrap"]["low"] <= one["bootstrap"]["delta"] <= one["bootstrap"]["high"]
     assert [one["p_values"]["lamp:Brightness"] for one in confirmed] == pytest.approx(list(holm(plain)))
@@ -148,6 +152,34 @@ def test_differences_are_tested_for_all_candidates_together(searched: Path) -> N
     head = next(line for line in report.splitlines() if "by bootstrap" in line)
     assert head.startswith("| candidate | lamp:Brightness, by bootstrap | p of lamp:Brightness |")
     assert head.endswith(" CMMD |")
+
+
+def test_the_transformer_alone_is_told_beside_the_whole(searched: Path) -> None:
+    for trial in trials_of(searched):
+        assert 0 < trial.user_attrs["metrics"]["transformer_latency"] < trial.user_attrs["metrics"]["latency"]
+    record = json.loads((searched / "confirmed.json").read_text())
+    base = record["baseline"]
+    for one in record["confirmed"]:
+        assert 0 < one["transformer_seconds"] < one["seconds"]
+        assert one["transformer_speedup"] == pytest.approx(base["transformer_seconds"] / one["transformer_seconds"])
+        told = f"x ({one['predicted_speedup']:.2f}x) | {one['transformer_speedup']:.2f}x |"
+        assert told in (searched / "report.md").read_text()
+
+
+def test_a_report_tells_what_its_run_measured(searched: Path, tmp_path: Path) -> None:
+    """FID where it was asked for; and of runs of before no transformer alone."""
+    shutil.copytree(searched, tmp_path / "run")
+    run = RunDirectory.existing(tmp_path / "run")
+    record = json.loads(run.confirmed.read_text())
+    record["confirmed"][0]["fid"] = 12.34
+    for one in record["confirmed"]:
+        del one["transformer_seconds"], one["transformer_speedup"]
+    run.write_json(run.confirmed, record)
+    write_report(run, {})
+    lines = run.report.read_text().splitlines()
+    assert any(line.endswith(" CMMD | FID |") for line in lines)
+    assert any(line.endswith(" | 12.3 |") for line in lines)
+    assert not any("transformer alone" in line for line in lines)
 
 
 def test_a_dry_run_counted_no_less_than_was_drawn(world: Any, searched: Path) -> None:
