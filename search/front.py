@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,14 @@ class Baseline(Point):
         """How much more alignment and quality `point` has, in points."""
         gains = point.alignment - self.alignment, point.quality - self.quality
         return 100 * gains[0] / self.scales[0], 100 * gains[1] / self.scales[1]
+
+    def cautious(self, point: Point, differences: np.ndarray) -> Point:
+        """`point` with alignment and quality lower by the standard error of what they differ from the unmodified model.
+
+        `differences` are of its pictures, in shares of 100 points: `(n, 2)`.
+        """
+        alignment, quality = self.scales * differences.std(axis=0, ddof=1) / np.sqrt(len(differences))
+        return replace(point, alignment=point.alignment - alignment, quality=point.quality - quality)
 
 
 @dataclass(frozen=True)
