@@ -12,6 +12,7 @@ import pytest
 import yaml
 from blocktune.search.storage import stands
 
+from .conftest import trials_of
 from .test_prior import ORIGINS, probe_table
 
 ANCHORS = 6
@@ -38,10 +39,6 @@ def world(new_world: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def run_directory(world: Any) -> Path:
     return world.folder / "run"
-
-
-def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="blocktune", storage=f"sqlite:///{run / 'study.db'}").get_trials()
 
 
 @pytest.fixture(scope="module")

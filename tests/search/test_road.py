@@ -19,6 +19,8 @@ from blocktune.search.report import write_report
 from blocktune.search.run_directory import RunDirectory
 from PIL import Image
 
+from .conftest import trials_of
+
 TRIALS = 8
 
 
@@ -48,10 +50,6 @@ def searched(world: Any) -> Path:
         "written outside the run directory"
     )
     return run
-
-
-def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="blocktune", storage=f"sqlite:///{run / 'study.db'}").get_trials()
 
 
 def test_the_run_directory_is_complete(searched: Path) -> None:
