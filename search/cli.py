@@ -219,7 +219,7 @@ def front(
 def export(
     run: RunArgument = DEFAULT_RUN,
     pick: Annotated[
-        str, typer.Option(help="quality, balanced, fast, or a confirmed candidate as trial-7")
+        str, typer.Option(help="quality, balanced, fast, or a confirmed candidate as trial-7 or late-reuse-4")
     ] = "balanced",
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("policy.json"),
 ) -> None:

@@ -8,7 +8,7 @@ from ..evaluators import Interval, get, holm, mcnemar, paired_bootstrap, paired_
 from ..policies import BlockPolicy
 from .candidate import Candidate
 from .config import Objectives
-from .front import Confirmed, Point, chance_to_hold, held_out_name, hypervolume, is_fidelity, pick, shortlist
+from .front import Confirmed, Point, chance_to_hold, held_out_name, hypervolume, is_fidelity, pick, shortlist, slug
 from .pool import Job
 from .prompts import read_prompts
 from .robustness import transfers, worst_falls
@@ -101,7 +101,7 @@ def confirm(study: Study) -> list[Confirmed]:
     for stale in run.policies.glob("*.json"):
         stale.unlink()
     # every confirmed candidate under the name of its trial, and the picks under theirs
-    named_files = {c.name.replace(" ", "-"): c for c in confirmed if c.rules} | picks
+    named_files = {slug(c.name): c for c in confirmed if c.rules} | picks
     for name, member in named_files.items():
         _file(study, name, member, candidates[member.key], len(confirmed)).save(run.policies / f"{name}.json")
     baseline = {"seconds": base.pipeline, "transformer_seconds": base.transformer}

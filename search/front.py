@@ -1,6 +1,7 @@
 """Which candidates no other beats, how much space they command, and the named picks among the confirmed."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -110,6 +111,16 @@ def is_fidelity(name: str) -> bool:
 def held_out_name(member: Point | Confirmed) -> str:
     """Under what name the held-out scores and pictures of `member` lie in the run directory."""
     return f"confirm-{short(member.key)}"
+
+
+def name_of(number: int, attributes: Mapping[str, Any]) -> str:
+    """What a trial is called: a known point by where it is from, any other by its number."""
+    return attributes.get("anchor") or attributes.get("origin") or f"trial {number}"
+
+
+def slug(name: str) -> str:
+    """The name of a candidate as files and addresses spell it."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
 def short(key: str) -> str:
