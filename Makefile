@@ -15,9 +15,9 @@ search: $(STAMP)  ## search policies for the bundled reference model; results in
 	$(BIN)/blocktune search $(if $(wildcard runs/reference/config.yaml),--resume)
 
 test: $(STAMP)  ## run every test
-	@# A process per core with one thread each: torch's own threads in two processes would wait for each other. Those that
-	@# wait for searches run first (tests/conftest.py).
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	@# How many processes, and that those which wait for searches run first: tests/conftest.py. One thread each: torch's own
+	@# threads in two processes would wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## ruff (rules and format) and pyright
 	$(BIN)/ruff check

@@ -25,7 +25,7 @@ from blocktune.search.front import hypervolume, non_dominated
 from scipy.special import stdtrit
 
 from .searching import proposals
-from .workbench import Workbench
+from .workbench import Workbench, take_gpu
 
 RESULTS = Path(__file__).parent / "results" / "samplers"
 SAMPLERS = ("tpe", "gp", "nsgaii", "random")
@@ -66,10 +66,9 @@ def searched(args: argparse.Namespace, seed: int, sampler: str) -> list[tuple[in
     return curve(workbench(args, size), sampler, seed, size)
 
 
-def _take_device(devices: Any) -> None:
+def _begin(numbers: Any) -> None:
     torch.set_num_threads(1)
-    if torch.cuda.device_count() > 1:
-        torch.cuda.set_device(devices.get())
+    take_gpu(numbers.get())
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -127,10 +126,10 @@ def main() -> None:
     searches = [(seed, sampler) for seed in range(size.seeds) for sampler in SAMPLERS]
     found: dict[tuple[int, str], list[tuple[int, float]]] = {}
     context = multiprocessing.get_context("spawn")
-    devices = context.Queue()
-    for i in range(args.processes):
-        devices.put(i % max(torch.cuda.device_count(), 1))
-    with ProcessPoolExecutor(args.processes, context, _take_device, (devices,)) as processes:
+    numbers = context.Queue()
+    for number in range(args.processes):
+        numbers.put(number)
+    with ProcessPoolExecutor(args.processes, context, _begin, (numbers,)) as processes:
         running = {processes.submit(searched, args, *search): search for search in searches}
         for done in as_completed(running):
             seed, sampler = running[done]

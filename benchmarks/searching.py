@@ -73,7 +73,6 @@ def searched(bench: Workbench, budget: int, pictures: int, first: int, count: in
     It ends when `budget` pictures are drawn, or when a thousand proposals bring no more.
     """
     baseline = bench.baseline(bench.costs().run_seconds, "search", pictures)
-    scales = np.array(baseline.scales)
     ways: dict[str, Way] = {}
     points: list[Point] = []
     chances: dict[str, float] = {}
@@ -83,11 +82,10 @@ def searched(bench: Workbench, budget: int, pictures: int, first: int, count: in
     for proposal in islice(proposals(bench, "tpe", pictures, first=first), 1000):
         drawn += len(proposal.gains) * proposal.new
         if proposal.new and len(proposal.gains) == pictures:
-            errors = proposal.gains.std(axis=0, ddof=1) / pictures**0.5 * scales
-            point = proposal.point
-            points.append(replace(point, alignment=point.alignment - errors[0], quality=point.quality - errors[1]))
-            ways[point.key] = proposal.way
-            chances[point.key] = chance_to_hold(proposal.gains, texts, held_out, count, margins)
+            key = proposal.point.key
+            points.append(baseline.cautious(proposal.point, proposal.gains))
+            ways[key] = proposal.way
+            chances[key] = chance_to_hold(proposal.gains, texts, held_out, count, margins)
         if drawn >= budget:
             break
     bench.say(f"searched {drawn} pictures: {len(points)} candidates with all {pictures}")

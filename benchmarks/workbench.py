@@ -24,6 +24,12 @@ from blocktune.search.prompts import read_prompts
 from blocktune.search.space import guidance_ends_of
 
 
+def take_gpu(process: int) -> None:
+    """Processes side by side have the GPUs of the host in turn."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(process % torch.cuda.device_count())
+
+
 @dataclass(frozen=True)
 class Way:
     """How pictures are made: by the model in so many steps, under a policy, or with a cache of a peer."""

@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..search.config import Config
+from ..search.front import slug
 from .candidate import find, policy_files
 from .files import Missing, RunFiles, Unreadable
-from .standing import slug
 from .trials import Trial, read_policy
 
 _LETTERS = {"compute": "c", "skip": "s", "reuse": "r"}

@@ -10,16 +10,18 @@ import pyarrow.parquet as parquet
 
 from ..evaluators import Interval, paired_interval
 from ..search.config import Config
-from ..search.front import Confirmed, held_out_name, is_fidelity
+from ..search.front import Confirmed, held_out_name, is_fidelity, slug
 from . import pictures
 from .files import Missing, RunFiles, Unreadable
-from .standing import confirmed_of, in_points, margins_of, scales_of, slug, study_of
+from .standing import confirmed_of, in_points, margins_of, scales_of, study_of
 from .trials import Trial
 
 
 def find(files: RunFiles, name: str) -> tuple[Trial, Confirmed | None, tuple[float, float]]:
-    """The complete trial under the name `trial-7` or of an anchor, as confirmed, and the margins of the run."""
-    found = [t for t in study_of(files, files.config())[0] if t.complete and slug(t.name) == name]
+    """The complete trial under its name or `trial-7`, as confirmed, and the margins of the run."""
+    # an older run confirmed known points by the numbers of their trials
+    complete = [t for t in study_of(files, files.config())[0] if t.complete]
+    found = [t for t in complete if name in (slug(t.name), f"trial-{t.number}")]
     if not found:
         raise Missing(f"{name} is no finished trial of this run.")
     record, confirmed = confirmed_of(files)

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..evaluators import Interval, families, get, names, scale_of
 from ..search.config import Config
-from ..search.front import Baseline, Confirmed, Point, hypervolume
+from ..search.front import Baseline, Confirmed, Point, hypervolume, slug
 from .files import RunFiles, Unreadable
 from .trials import Trial, read_trials
 
@@ -51,11 +51,6 @@ def _of_run(files: RunFiles) -> dict[str, Any]:
         "search": _search(trials, described, config, state),
         "probe": files.has("probe.parquet"),
     }
-
-
-def slug(name: str) -> str:
-    """The name of a candidate as files and addresses spell it."""
-    return name.replace(" ", "-")
 
 
 def point(trial: Trial) -> Point:

@@ -8,10 +8,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..search.front import name_of
 from .files import Unreadable
 
 _ATTRIBUTES = (
-    "anchor", "key", "steps", "guidance_scale", "reason", "same_as", "metrics", "retry_of", "worker", "dropped"
+    "anchor", "origin", "key", "steps", "guidance_scale", "reason", "same_as", "metrics", "retry_of", "worker",
+    "dropped",
 )  # fmt: skip
 
 
@@ -30,7 +32,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return self.attributes.get("anchor") or f"trial {self.number}"
+        return name_of(self.number, self.attributes)
 
     @property
     def complete(self) -> bool:

@@ -219,7 +219,7 @@ def front(
 def export(
     run: RunArgument = DEFAULT_RUN,
     pick: Annotated[
-        str, typer.Option(help="quality, balanced, fast, or a confirmed candidate as trial-7")
+        str, typer.Option(help="quality, balanced, fast, or a confirmed candidate as trial-7 or late-reuse-4")
     ] = "balanced",
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("policy.json"),
 ) -> None:
@@ -331,8 +331,7 @@ def evaluate(
     after = pictures(pipe, chosen, embeddings, under, under.num_inference_steps, loaded)
     texts = [p.text for p in chosen]
     for scorer in scorers:
-        reference = before if scorer.needs_reference else None
-        scores = [scorer.score(images, texts, reference) for images in (after, before)]
+        scores = [scorer.score(images, texts, before) for images in (after, before)]
         result = paired_interval(*scores, groups=texts, scale=scale_of(scorer))
         typer.echo(
             f"{scorer.name:<16} {result.value:.4f}  unmodified {result.baseline:.4f}  "

@@ -174,7 +174,11 @@ class Transfer(_Section):
 
 
 class Confirm(_Section):
-    candidates: PositiveInt = Field(default=5, description="front members measured again on held-out prompts")
+    candidates: PositiveInt = Field(
+        default=5,
+        description="measured again on held-out prompts beside the anchors: half are the fastest that are likely to "
+        "hold, the others those of the front that command the most hypervolume",
+    )
     margin: PositiveFloat = Field(
         default=0.015, description="how much alignment a pick may lose at worst, by its interval"
     )

@@ -8,7 +8,7 @@ from ..evaluators import Interval, get, holm, mcnemar, paired_bootstrap, paired_
 from ..policies import BlockPolicy
 from .candidate import Candidate
 from .config import Objectives
-from .front import Confirmed, Point, chance_to_hold, held_out_name, hypervolume, is_fidelity, pick, shortlist
+from .front import Confirmed, Point, chance_to_hold, held_out_name, hypervolume, is_fidelity, pick, shortlist, slug
 from .pool import Job
 from .prompts import read_prompts
 from .robustness import transfers, worst_falls
@@ -17,9 +17,9 @@ from .study import Study
 
 
 def confirm(study: Study) -> list[Confirmed]:
-    """Measure the chosen front members and the anchors; write `confirmed.json` and the picks' policies.
+    """Measure the chosen candidates and the anchors; write `confirmed.json` and the picks' policies.
 
-    The front is chosen by cautious estimates, since the best of many noisy means are mostly luck.
+    They are chosen by cautious estimates, since the best of many noisy means are mostly luck.
     Intervals are paired by prompt and seed, grouped by prompt, and widened for the number of candidates compared
     (Bonferroni), p-values adjusted for it (Holm). Timing runs on one worker while the others rest, each candidate in
     turn with the unmodified model.
@@ -27,17 +27,14 @@ def confirm(study: Study) -> list[Confirmed]:
     config, run, pool = study.config, study.run, study.pool
     prompts = read_prompts(config, "confirm")
     trials = {t.user_attrs["key"]: t for t in reversed(feasible(study.study, anchors=True))}
-    points = {key: point_of(t) for key, t in trials.items()}
-    named = [p for p in points.values() if p.anchor and p.key != study.baseline.key]
-    standing = {t.user_attrs["key"]: t for t in reversed(feasible(study.study))}
-    own = [point for point in map(study.cautious, standing.values()) if not point.anchor]
-    beside = [study.cautious(trials[p.key]) for p in named]
+    points = {key: point_of(t) for key, t in trials.items() if key != study.baseline.key}
+    differences = {key: study.differences(trials[key]) for key in points}
+    named = [p for p in points.values() if p.anchor]
+    beside = [study.baseline.cautious(p, differences[p.key]) for p in named]
+    own = [study.baseline.cautious(p, differences[p.key]) for p in points.values() if not p.anchor]
     compared, margins = len(named) + config.confirm.candidates, (config.confirm.margin, config.confirm.quality_margin)
     texts = [p.text for p in study.prompts]
-    chances = {
-        key: chance_to_hold(study.differences(trials[key]), texts, len(prompts), compared, margins)
-        for key in {p.key for p in (*beside, *own)}
-    }
+    chances = {key: chance_to_hold(shown, texts, len(prompts), compared, margins) for key, shown in differences.items()}
     chosen = [*named, *shortlist(own, study.baseline, config.confirm.candidates, chances, beside)]
     policies = {p.key: BlockPolicy.model_validate(trials[p.key].user_attrs["policy"]) for p in chosen}
     candidates = {p.key: Candidate(policies[p.key], p.steps, p.guidance_scale) for p in chosen}
@@ -104,7 +101,7 @@ def confirm(study: Study) -> list[Confirmed]:
     for stale in run.policies.glob("*.json"):
         stale.unlink()
     # every confirmed candidate under the name of its trial, and the picks under theirs
-    named_files = {c.name.replace(" ", "-"): c for c in confirmed if c.rules} | picks
+    named_files = {slug(c.name): c for c in confirmed if c.rules} | picks
     for name, member in named_files.items():
         _file(study, name, member, candidates[member.key], len(confirmed)).save(run.policies / f"{name}.json")
     baseline = {"seconds": base.pipeline, "transformer_seconds": base.transformer}

@@ -1,8 +1,9 @@
 """Which candidates no other beats, how much space they command, and the named picks among the confirmed."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,14 @@ class Baseline(Point):
         """How much more alignment and quality `point` has, in points."""
         gains = point.alignment - self.alignment, point.quality - self.quality
         return 100 * gains[0] / self.scales[0], 100 * gains[1] / self.scales[1]
+
+    def cautious(self, point: Point, differences: np.ndarray) -> Point:
+        """`point` with alignment and quality lower by the standard error of what they differ from the unmodified model.
+
+        `differences` are of its pictures, in shares of 100 points: `(n, 2)`.
+        """
+        alignment, quality = self.scales * differences.std(axis=0, ddof=1) / np.sqrt(len(differences))
+        return replace(point, alignment=point.alignment - alignment, quality=point.quality - quality)
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,16 @@ def is_fidelity(name: str) -> bool:
 def held_out_name(member: Point | Confirmed) -> str:
     """Under what name the held-out scores and pictures of `member` lie in the run directory."""
     return f"confirm-{short(member.key)}"
+
+
+def name_of(number: int, attributes: Mapping[str, Any]) -> str:
+    """What a trial is called: a known point by where it is from, any other by its number."""
+    return attributes.get("anchor") or attributes.get("origin") or f"trial {number}"
+
+
+def slug(name: str) -> str:
+    """The name of a candidate as files and addresses spell it."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
 def short(key: str) -> str:

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, insert
 
 from .config import Config, ConfigError
-from .front import Point
+from .front import Point, name_of
 from .run_directory import RunDirectory
 
 STUDY = "blocktune"
@@ -123,8 +123,7 @@ class Storage(optuna.storages.InMemoryStorage):
 def point_of(trial: FrozenTrial) -> Point:
     """A finished trial on the axes."""
     alignment, quality, latency = trial.values
-    name = trial.user_attrs.get("anchor") or f"trial {trial.number}"
-    attrs = trial.user_attrs
+    name, attrs = name_of(trial.number, trial.user_attrs), trial.user_attrs
     anchor, guidance = bool(attrs.get("anchor")), attrs.get("guidance_scale")
     return Point(name, alignment, quality, latency, attrs["key"], attrs["steps"], anchor, guidance)
 

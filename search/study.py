@@ -7,7 +7,6 @@ or `reason` last: on resume, one that has them is told again, any other is run a
 import hashlib
 import json
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from .budget import Budget
 from .candidate import Candidate
 from .config import Config, ConfigError
 from .entry import Entry
-from .front import Point, guidance_column
+from .front import guidance_column
 from .pool import Job, Pool
 from .prior import prior, read_probe
 from .progress import Display
@@ -304,9 +303,3 @@ class Study:
         """Alignment and quality less the unmodified model's, in shares of 100 points, as `(pictures, 2)`."""
         number = trial.user_attrs.get("same_as", trial.number)
         return self.unmodified.differences(self.run.read_scores(f"trial-{number:04d}"))
-
-    def cautious(self, trial: FrozenTrial) -> Point:
-        """A trial's point with alignment and quality lower by the standard error of what they differ from baseline."""
-        point, differences = point_of(trial), self.differences(trial)
-        alignment, quality = self.baseline.scales * differences.std(axis=0, ddof=1) / np.sqrt(len(differences))
-        return replace(point, alignment=point.alignment - alignment, quality=point.quality - quality)

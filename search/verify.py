@@ -207,8 +207,7 @@ def verify(
     if claimed is not None:
         figures.append(SpeedUp(claimed, unmodified_seconds / seconds, tolerance))
     for name, scorer in scorers.items():
-        reference = before if scorer.needs_reference else None
-        scores = (scorer.score(images, texts, reference) for images in (after, before))
+        scores = (scorer.score(images, texts, before) for images in (after, before))
         figures.append(
             Score(name, claims[name], paired_interval(*scores, groups=texts, scale=scale_of(scorer)), scorer.direction)
         )

@@ -1,5 +1,6 @@
 """What tests of several rooms share."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -53,7 +54,15 @@ def mistake(blocktune: Callable[..., tuple[int, str, str]]) -> Callable[..., str
     return run
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: whoever waits for a search, as it for its workers, leaves half a core idle."""
+    return min(os.cpu_count() or 1, 3) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with whole searches first: beside the many short tests of the others, their waiting costs no time."""
-    long = ("faults", "real_run", "examples", "road", "tracking", "limits", "guidance", "probe", "scaling", "scoring")
+    """Files with whole searches first, the longest before: beside the many short tests their waiting costs no time."""
+    long = (
+        "faults", "real_run", "examples", "road", "scaling", "probe", "guidance", "tracking", "limits", "study",
+        "run_directory", "scoring", "pool",
+    )  # fmt: skip
     items.sort(key=lambda item: next((i for i, name in enumerate(long) if item.path.stem == f"test_{name}"), len(long)))

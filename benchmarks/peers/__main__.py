@@ -28,7 +28,7 @@ from blocktune.search.config import load_config
 from blocktune.search.front import Baseline, Point, hypervolume
 
 from ..searching import searched
-from ..workbench import Way, Workbench
+from ..workbench import Way, Workbench, take_gpu
 from . import caches
 from .picture import draw
 from .searches import evolved, louder, step_mask
@@ -264,8 +264,7 @@ def main() -> None:
     ]  # fmt: skip
     if args.processes > 1:
         torch.set_num_threads(1)  # those of several processes would wait for each other
-    if args.share and torch.cuda.is_available():
-        torch.cuda.set_device(args.share % torch.cuda.device_count())
+    take_gpu(args.share or 0)
     config = args.config or (args.run / "config.yaml" if args.run else None)
     bench = Workbench(load_config(config, overrides), args.out, args.device, [STRICT], size.timed)
     if args.share is not None:

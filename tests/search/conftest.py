@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -102,6 +103,19 @@ def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
         if time.monotonic() > end:
             pytest.fail(f"waited {seconds:.0f} s in vain: {what}")
         time.sleep(0.1)
+
+
+def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
+    """The trials of the study in the run directory, as the database has them."""
+    return optuna.load_study(study_name="blocktune", storage=f"sqlite:///{run / 'study.db'}").get_trials()
+
+
+def sentence(stderr: str) -> str:
+    """The one line that a person is told; no traceback."""
+    assert "Traceback" not in stderr
+    told = [line for line in stderr.splitlines() if line.startswith("blocktune: ")]
+    assert len(told) == 1, stderr
+    return told[0]
 
 
 @pytest.fixture(scope="session")

@@ -1,30 +1,23 @@
-"""Kills, dying workers, broken evaluators, full disks: what is finished stays, and the search goes on or says why."""
+"""Kills, dying workers, broken evaluators: what is finished stays, and the search goes on or says why."""
 
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from .conftest import until
+from .conftest import sentence, trials_of, until
 
 TRIALS = 9
-
-
-def trials_of(run: Path) -> list[FrozenTrial]:
-    return optuna.load_study(study_name="blocktune", storage=f"sqlite:///{run / 'study.db'}").get_trials()
 
 
 def finished(run: Path) -> dict[int, Any]:
@@ -34,14 +27,6 @@ def finished(run: Path) -> dict[int, Any]:
         for t in trials_of(run)
         if t.state == TrialState.COMPLETE or "reason" in t.user_attrs
     }
-
-
-def sentence(stderr: str) -> str:
-    """The one line that a person is told; no traceback."""
-    assert "Traceback" not in stderr
-    told = [line for line in stderr.splitlines() if line.startswith("blocktune: ")]
-    assert len(told) == 1, stderr
-    return told[0]
 
 
 # One search: stopped by Ctrl-C, killed by -9 among faults of workers and evaluators, and brought to its end.
@@ -56,6 +41,13 @@ def world(new_world: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def run(world: Any) -> Path:
     return world.folder / "run"
+
+
+@pytest.fixture
+def in_place(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused or told before any worker is started needs no process of its own."""
+    monkeypatch.syspath_prepend(str(world.folder))
+    monkeypatch.chdir(world.cwd)
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +158,13 @@ def test_tables_have_no_half_written_files(run: Path, ended: list[FrozenTrial]) 
         ("generation.num_inference_steps=5", "generation"), ("prompts.search_images=2", "prompts"),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("in_place")
 def test_resume_with_another_search_is_refused(
-    world: Any, run: Path, ended: list[FrozenTrial], change: str, field: str
+    world: Any, run: Path, ended: list[FrozenTrial], mistake: Callable[..., str], change: str, field: str
 ) -> None:
     before = (run / "config.yaml").read_bytes()
-    done = world.run("search", world.config, "--out", run, "--resume", "--set", change, code=2)
-    assert sentence(done.stderr).startswith(f"blocktune: {field} differs from the run in")
+    told = mistake("search", str(world.config), "--out", str(run), "--resume", "--set", change)
+    assert told.startswith(f"blocktune: {field} differs from the run in")
     assert (run / "config.yaml").read_bytes() == before
 
 
@@ -188,18 +181,24 @@ def test_resume_with_another_model_under_the_same_path_is_refused(
     assert "is of another model, space or objective" in sentence(done.stderr)
 
 
-def test_another_search_over_a_run_is_refused(world: Any, run: Path, ended: list[FrozenTrial]) -> None:
-    done = world.run("search", world.config, "--out", run, "--set", "space.bands=2", code=2)
-    assert "already holds a run" in sentence(done.stderr)
+@pytest.mark.usefixtures("in_place")
+def test_another_search_over_a_run_is_refused(
+    world: Any, run: Path, ended: list[FrozenTrial], mistake: Callable[..., str]
+) -> None:
+    told = mistake("search", str(world.config), "--out", str(run), "--set", "space.bands=2")
+    assert "already holds a run" in told
 
 
+@pytest.mark.usefixtures("in_place")
 @pytest.mark.parametrize("call", [["--resume"], ["CONFIG"], ["CONFIG", "--resume"]])
 def test_the_same_search_again_tells_what_is_there(
-    world: Any, run: Path, ended: list[FrozenTrial], call: list[str]
+    world: Any, run: Path, ended: list[FrozenTrial], blocktune: Callable[..., tuple[int, str, str]], call: list[str]
 ) -> None:
     """Nothing is measured again; a resume finds its config in the run."""
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
-    told = world.run("search", *[world.config if a == "CONFIG" else a for a in call], "--out", run).stdout
+    arguments = [str(world.config) if a == "CONFIG" else a for a in call]
+    code, told, _ = blocktune("search", *arguments, "--out", str(run))
+    assert code == 0
     assert told.startswith(f"{run} holds this search, finished")
     confirmed = json.loads((run / "confirmed.json").read_text())["confirmed"]
     assert confirmed
@@ -209,103 +208,14 @@ def test_the_same_search_again_tells_what_is_there(
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
-def test_two_searches_in_one_folder_are_refused(world: Any, run: Path, ended: list[FrozenTrial]) -> None:
+@pytest.mark.usefixtures("in_place")
+def test_two_searches_in_one_folder_are_refused(
+    run: Path, ended: list[FrozenTrial], mistake: Callable[..., str]
+) -> None:
     with (run / "lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        done = world.run("search", "--resume", "--out", run, "--set", f"search.trials={TRIALS + 1}", code=2)
-    assert "is in use by another search" in sentence(done.stderr)
-
-
-# The command line, killed when Optuna is about to be told of trial 1, which MLflow already knows.
-KILLED_BEFORE_TELL = """
-import os, signal
-import optuna
-from blocktune.search.cli import main
-
-tell = optuna.Study.tell
-def told(study, trial, *args, **kwargs):
-    if trial == 1:
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-    return tell(study, trial, *args, **kwargs)
-optuna.Study.tell = told
-main()
-"""
-
-
-def test_a_trial_between_mlflow_and_optuna_is_told_again_and_not_measured_again(
-    new_world: Callable[..., Any],
-) -> None:
-    world = new_world(trials=3)
-    run = world.folder / "run"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_BEFORE_TELL, "search", str(world.config), "--out", str(run)],
-        cwd=world.cwd, env=world.environment, capture_output=True, text=True, timeout=200,
-        start_new_session=True,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert trials_of(run)[1].state == TrialState.RUNNING
-    until(lambda: not world.processes(), 60, "Ray's processes end with the driver")
-    measured = (run / "scores" / "trial-0001.parquet").stat().st_mtime_ns
-    world.run("search", "--resume", "--out", run)
-    assert [t.state for t in trials_of(run)[:3]] == [TrialState.COMPLETE] * 3
-    assert (run / "scores" / "trial-0001.parquet").stat().st_mtime_ns == measured
-    with sqlite3.connect(run / "mlflow.db") as database:
-        children = database.execute(
-            "select n.value, r.status from runs r join tags n on n.run_uuid = r.run_uuid and n.key = 'trial'"
-        ).fetchall()
-    assert sorted(children) == [(str(number), "FINISHED") for number in range(3)]
-
-
-def test_a_place_that_cannot_be_written_is_one_sentence(new_world: Callable[..., Any]) -> None:
-    world = new_world()
-    place = world.folder / "a-file"
-    place.write_text("not a folder")
-    done = world.run("search", world.config, "--out", place / "run", code=2)
-    assert re.search(r"a-file/run cannot be written: .*\.$", sentence(done.stderr))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, timeout=20)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command, so no small disk")
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True, timeout=20)
-
-
-def test_a_full_disk_is_one_sentence(new_world: Callable[..., Any], small_disk: Path) -> None:
-    world = new_world()
-    filler = small_disk / "filler"
-    driver = world.start("search", world.config, "--out", small_disk / "run")
-    until(
-        lambda: (small_disk / "run" / "scores" / "trial-0000.parquet").exists() or driver.poll() is not None,
-        120,
-        "a trial",
-    )
-    with filler.open("wb", buffering=0) as file:
-        try:
-            for size in (4096, 1):
-                while True:
-                    file.write(b"x" * size)
-        except OSError:
-            pass
-    code = driver.wait(120)
-    told = (world.folder / "stderr.txt").read_text()
-    assert code == 1, told
-    assert "Traceback" not in told
-    last = told.splitlines()[-1]  # MLflow may have said before that it stopped recording
-    assert last.startswith("blocktune: ")
-    assert re.search("disk is full|No space left", last)
-    assert "--resume" in last
-    filler.unlink()
-    assert yaml.safe_load((small_disk / "run" / "config.yaml").read_text())["name"] == "tiny"
+        told = mistake("search", "--resume", "--out", str(run), "--set", f"search.trials={TRIALS + 1}")
+    assert "is in use by another search" in told
 
 
 # In a process of its own: Ray leaves open handles to its servers behind, which pytest would take for this test's.

@@ -10,8 +10,12 @@ import optuna
 import pandas as pd
 import pytest
 import yaml
-from blocktune.search.storage import stands
+from blocktune.dashboards.answers import answer
+from blocktune.dashboards.files import RunFiles
+from blocktune.search.front import slug
+from blocktune.search.storage import point_of, stands
 
+from .conftest import trials_of
 from .test_prior import ORIGINS, probe_table
 
 ANCHORS = 6
@@ -38,10 +42,6 @@ def world(new_world: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def run_directory(world: Any) -> Path:
     return world.folder / "run"
-
-
-def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="blocktune", storage=f"sqlite:///{run / 'study.db'}").get_trials()
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,19 @@ def test_what_a_probe_suggests_comes_behind_the_anchors(ended: list[optuna.trial
     whole = [t.user_attrs["metrics"]["images"] for t in ended if "origin" in t.user_attrs]
     assert set(whole) <= {0.0, 6.0}  # no race ends them; what is known under another name costs nothing
     assert ended[ANCHORS].params["operand"] == "value"
+
+
+def test_known_points_are_called_by_where_they_are_from(
+    run_directory: Path, ended: list[optuna.trial.FrozenTrial]
+) -> None:
+    known = [t for t in ended if "origin" in t.user_attrs]
+    assert [point_of(t).name for t in known] == [t.user_attrs["origin"] for t in known]
+    shown = answer(RunFiles(run_directory), "api/run")["trials"]
+    for t in known:
+        assert shown["name"][t.number] == t.user_attrs["origin"]
+        for address in (shown["slug"][t.number], f"trial-{t.number}"):
+            assert answer(RunFiles(run_directory), f"api/candidates/{address}")["name"] == t.user_attrs["origin"]
+    assert slug("FLUX [2,7,12,17,22] x1.5") == "FLUX-2-7-12-17-22-x1.5"
 
 
 def test_what_picks_are_beyond_themselves_is_told(
@@ -138,7 +151,7 @@ def test_the_dropped_are_told_by_an_estimate_and_stand_nowhere(
         assert seen == 6 or "anchor" not in trial.user_attrs
         for value, name in zip(trial.values, ("lamp:Brightness", "crispness"), strict=False):
             assert value == pytest.approx(before[name].mean() + (scores[name] - before[name][:seen]).mean(), abs=1e-12)
-    names = {f"trial {t.number}" for t in ended if "dropped" in t.user_attrs}
+    names = {point_of(t).name for t in ended if "dropped" in t.user_attrs}
     confirmed = {c["name"] for c in json.loads((run_directory / "confirmed.json").read_text())["confirmed"]}
     front = {row["name"] for row in json.loads(world.run("front", run_directory, "--format", "json").stdout)}
     assert not names & (confirmed | front)

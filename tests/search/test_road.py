@@ -15,9 +15,12 @@ import yaml
 from blocktune.evaluators import holm, paired_t_test
 from blocktune.policies import BlockPolicy
 from blocktune.reference.scorers import PREFERENCE
+from blocktune.search.front import slug
 from blocktune.search.report import write_report
 from blocktune.search.run_directory import RunDirectory
 from PIL import Image
+
+from .conftest import trials_of
 
 TRIALS = 8
 
@@ -48,10 +51,6 @@ def searched(world: Any) -> Path:
         "written outside the run directory"
     )
     return run
-
-
-def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="blocktune", storage=f"sqlite:///{run / 'study.db'}").get_trials()
 
 
 def test_the_run_directory_is_complete(searched: Path) -> None:
@@ -215,7 +214,7 @@ def test_status_and_front(world: Any, searched: Path) -> None:
 def test_generate_draws_the_picture_that_was_scored(world: Any, searched: Path, tiny_model: Path) -> None:
     confirmed = json.loads((searched / "confirmed.json").read_text())["confirmed"]
     member = next(c for c in confirmed if c["rules"])
-    policy = searched / "policies" / f"{member['name'].replace(' ', '-')}.json"
+    policy = searched / "policies" / f"{slug(member['name'])}.json"
     with np.load(searched / "images" / f"confirm-{member['key'][:16]}-{member['steps']}.npz") as stored:
         scored = stored["images"][1]
     ask = ["generate", "--policy", policy, "--prompt", "a photo of a red ring", "--seed", 101, "--model", tiny_model]
