@@ -103,10 +103,14 @@ by_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
 def output(model: nn.Module, family: Family, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """In float64 on the CPU, of the family's inputs in `dtype` on `device`."""
-    inputs = tree_map_only(
-        torch.Tensor, lambda t: t.to(device, dtype if t.dtype == torch.float64 else t.dtype), family.inputs(batch=1)
-    )
+    """In float64 on the CPU, of the family's inputs in `dtype` on `device`.
+
+    Time and guidance are numbers that float16 has, times 1000 as well: rounded ones would be another step.
+    """
+    inputs = family.inputs(batch=1)
+    inputs |= {"timestep": torch.full_like(inputs["timestep"], 0.5 if inputs["timestep"].max() <= 1 else 512)}
+    inputs |= {"guidance": torch.full_like(inputs["guidance"], 4)} if "guidance" in inputs else {}
+    inputs = tree_map_only(torch.Tensor, lambda t: t.to(device, dtype if t.dtype == torch.float64 else t.dtype), inputs)
     with torch.no_grad():
         return stacked(model(**inputs)).double().cpu()
 
@@ -150,11 +154,15 @@ def test_words_are_weighed_or_refused_on_cuda(backend):
     pipe = flux_pipeline()
     rule = Rule(blocks=range(6), action=ScaleText(operand="logit", scale=4.0, tokens=("cat",)))
     policy = policy_for(pipe, rule)
+    # a pipeline rounds its times to float16, so kernels that take nothing else are held against another one's float16
+    halved = backend in ("_native_flash", "_native_cudnn")
+    if halved:
+        pipe.to(DEVICE, torch.float16)
     plain = generate_flux(pipe)
     with apply_policy(pipe, policy):
         expected = generate_flux(pipe)
-    change = (expected - plain).norm()
-    pipe.to(DEVICE, torch.float16)
+    change = (expected - plain).float().norm()
+    pipe.to(DEVICE)
     pipe.transformer.set_attention_backend(backend)
     with apply_policy(pipe, policy):
         try:
@@ -163,7 +171,7 @@ def test_words_are_weighed_or_refused_on_cuda(backend):
             if not isinstance(error, PolicyError) and not re.search(NO_KERNEL, str(error)):
                 raise
             return
-    assert (got.float().cpu() - expected).norm() < 0.2 * change
+    assert (got - expected.to(DEVICE)).float().norm() < (0.2 if halved else 0.01) * change
 
 
 # --- quantisation ------------------------------------------------------------------------------------------------
