@@ -63,14 +63,15 @@ def main(
     pipe.vae.decode = lambda z, *args, **kwargs: (latents.append(z.clone()), decode(z, *args, **kwargs))[1]
     prefixes, seconds, equal = Prefixes(config.ray.prefix_gib), {"alone": 0.0, "shared": 0.0}, 0
     chosen = proposals(config, model, measured, 0)
-    generate(pipe, prompts, rows, config.generation, steps, None, prefixes)
+    generate(pipe, prompts, rows, config.generation, None, prefixes)
     prefixes.steps = prefixes.given = 0
     for i, one in enumerate(chosen):
         made = {}
         for way, memory in {"alone": None, "shared": prefixes}.items():
             latents.clear()
             begin = time.perf_counter()
-            images = generate(pipe, prompts, rows, config.generation, one.steps, one.policy, memory)
+            told = config.generation.model_copy(update=one.sampling)
+            images = generate(pipe, prompts, rows, told, one.policy, memory)
             seconds[way] += time.perf_counter() - begin
             made[way] = images, torch.cat(latents)
         (images, last), (images_shared, last_shared) = made.values()

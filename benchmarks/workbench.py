@@ -121,9 +121,10 @@ class Workbench:
         """uint8 `(count - start, height, width, 3)`."""
         part = slice(start, count)
         with way.cache(self.pipe) if way.cache else nullcontext():
+            told = self.config.generation.model_copy(update={"num_inference_steps": way.steps})
             return generate(
-                self.pipe, self.prompts[split][part], some(self.rows[split], part), self.config.generation,
-                way.steps, way.policy, None if way.cache else self._prefixes[split],
+                self.pipe, self.prompts[split][part], some(self.rows[split], part), told, way.policy,
+                None if way.cache else self._prefixes[split],
             )  # fmt: skip
 
     def seconds(self, ways: Sequence[Way], rounds: int) -> list[float]:
@@ -134,10 +135,11 @@ class Workbench:
         prompts, rows, generation = self._timed_batch("confirm")
 
         def timed(way: Way) -> float:
+            told = generation.model_copy(update={"num_inference_steps": way.steps})
             with way.cache(self.pipe) if way.cache else nullcontext():
                 self._synchronize()
                 begin = time.perf_counter()
-                generate(self.pipe, prompts, rows, generation, way.steps, way.policy)
+                generate(self.pipe, prompts, rows, told, way.policy)
                 self._synchronize()
                 return time.perf_counter() - begin
 
@@ -165,7 +167,7 @@ class Workbench:
             prompts, rows, generation = self._timed_batch("search")
             table = measure_cost_table(
                 self.pipe,
-                lambda: generate(self.pipe, prompts, rows, generation, self.steps),
+                lambda: generate(self.pipe, prompts, rows, generation),
                 repeats=3,
                 operands=self.config.space.operands,
                 unguided=bool(guidance_ends_of(self.config)),

@@ -295,9 +295,9 @@ def generate(
     loaded = _policy(policy, mlflow_uri) if policy else None
     pipe, under, unmodified = _prepare(loaded, model, steps, guidance)
     wanted, embeddings = [Prompt(prompt, "", seed)], embed(pipe, [prompt], under)
-    image = pictures(pipe, wanted, embeddings, under, under.num_inference_steps, loaded)
+    image = pictures(pipe, wanted, embeddings, under, loaded)
     if compare and loaded:
-        plain = pictures(pipe, wanted, embeddings, unmodified, unmodified.num_inference_steps)
+        plain = pictures(pipe, wanted, embeddings, unmodified)
         side_by_side({"unmodified": plain, loaded.name: image}, [prompt], output, tile=288)
     else:
         Image.fromarray(image[0]).save(output)
@@ -326,9 +326,9 @@ def evaluate(
     display = Display()
     embeddings = embed(pipe, [p.text for p in chosen], under)
     display.say(f"generating {len(chosen)} pictures with the unmodified model")
-    before = pictures(pipe, chosen, embeddings, unmodified, unmodified.num_inference_steps)
+    before = pictures(pipe, chosen, embeddings, unmodified)
     display.say(f"generating {len(chosen)} pictures under {loaded.name}")
-    after = pictures(pipe, chosen, embeddings, under, under.num_inference_steps, loaded)
+    after = pictures(pipe, chosen, embeddings, under, loaded)
     texts = [p.text for p in chosen]
     for scorer in scorers:
         scores = [scorer.score(images, texts, before) for images in (after, before)]

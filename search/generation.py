@@ -106,7 +106,6 @@ def generate(
     prompts: Sequence[Prompt],
     rows: Rows,
     generation: Generation,
-    steps: int,
     policy: BlockPolicy | None = None,
     prefixes: Prefixes | None = None,
     seen: Callable[[int, np.ndarray], None] | None = None,
@@ -123,12 +122,12 @@ def generate(
         part = slice(start, start + generation.batch)
         seeds = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts[part]]
         arguments = {
-            "num_inference_steps": steps, "generator": seeds, "height": generation.height, "width": generation.width,
-            "output_type": "pt", "max_sequence_length": generation.max_sequence_length,
+            "num_inference_steps": generation.num_inference_steps, "generator": seeds, "height": generation.height,
+            "width": generation.width, "output_type": "pt", "max_sequence_length": generation.max_sequence_length,
         }  # fmt: skip
         arguments |= some(rows, part) | _guidance(pipe, generation)
         applied = apply_policy(pipe, policy) if policy is not None and policy.acts else nullcontext()
-        run = (steps, generation.guidance_scale, tuple(prompts[part]))
+        run = (generation.num_inference_steps, generation.guidance_scale, tuple(prompts[part]))
         with applied, prefixes.shared(pipe, policy, run) if prefixes else nullcontext():
             pixels = pipe(**_accepted(pipe.__call__, arguments)).images
         if not torch.isfinite(pixels).all():

@@ -183,21 +183,21 @@ def verify(
         if name not in claims:
             raise ConfigError(f"--evaluators has {name!r}; evidence.confirmed has {', '.join(claims) or 'none'}.")
     scorers = {name: get(name) for name in chosen}
-    steps, unmodified_steps, batch = under.num_inference_steps, unmodified.num_inference_steps, unmodified.batch
+    batch = unmodified.batch
 
     texts = [prompt.text for prompt in prompts]
     embeddings = embed(pipe, texts, under)
     with apply_policy(pipe, policy) as applied:
         say(f"generating {len(prompts)} pictures under {policy.name}")
-        after = generate(pipe, prompts, embeddings, under, steps)
+        after = generate(pipe, prompts, embeddings, under)
     say(f"generating {len(prompts)} pictures with the unmodified model")
-    before = generate(pipe, prompts, embeddings, unmodified, unmodified_steps)
+    before = generate(pipe, prompts, embeddings, unmodified)
     say("timing both in turn")
     few, rows = prompts[:batch], some(embeddings, slice(batch))
     turns = [
         (
-            time_runs(lambda: generate(pipe, few, rows, unmodified, unmodified_steps), repeats=1, warmup=0),
-            time_runs(lambda: generate(pipe, few, rows, under, steps, policy), repeats=1, warmup=0),
+            time_runs(lambda: generate(pipe, few, rows, unmodified), repeats=1, warmup=0),
+            time_runs(lambda: generate(pipe, few, rows, under, policy), repeats=1, warmup=0),
         )
         for _ in range(REPEATS)
     ]
@@ -215,8 +215,8 @@ def verify(
         policy=policy.name,
         device=device_name(pipe.device),
         claimed_device=evidence.device,
-        steps=steps,
-        unmodified_steps=unmodified_steps,
+        steps=under.num_inference_steps,
+        unmodified_steps=unmodified.num_inference_steps,
         batch=len(few),
         images=len(prompts),
         seconds=seconds,

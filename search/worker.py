@@ -66,12 +66,12 @@ class Worker:
 
     def _faster_dtype(self) -> str:
         """bfloat16 pays only on CPUs that multiply it natively, so both are timed on two steps of one batch."""
-        seconds = {}
+        seconds, two_steps = {}, self.generation.model_copy(update={"num_inference_steps": 2})
         for dtype in ("float32", "bfloat16"):
             self.pipe = load(self.config.model.path, self.device, getattr(torch, dtype))
             self._splits = {}
             prompts, rows = self._batch("search")
-            run = lambda p=prompts, r=rows: generate(self.pipe, p, r, self.generation, 2)  # noqa: E731
+            run = lambda p=prompts, r=rows: generate(self.pipe, p, r, two_steps)  # noqa: E731
             seconds[dtype] = time_runs(run, repeats=3)
         return min(seconds, key=seconds.__getitem__)
 
@@ -136,8 +136,7 @@ class Worker:
 
         def draw() -> np.ndarray:
             generation = self.generation.model_copy(update=sampling)
-            steps = generation.num_inference_steps
-            return generate(self.pipe, prompts, rows, generation, steps, chosen.policy, prefixes, each)
+            return generate(self.pipe, prompts, rows, generation, chosen.policy, prefixes, each)
 
         images = self._fitting(draw)
         made = time.perf_counter()
@@ -172,8 +171,7 @@ class Worker:
 
     def cost_table(self) -> CostTable:
         """Seconds of every part of a run of one batch; the device must be quiet."""
-        steps = self.generation.num_inference_steps
-        run = lambda: generate(self.pipe, *self._batch("search"), self.generation, steps)  # noqa: E731
+        run = lambda: generate(self.pipe, *self._batch("search"), self.generation)  # noqa: E731
         operands, unguided = self.config.space.operands, bool(guidance_ends_of(self.config))
         return self._fitting(
             lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands, unguided=unguided)
@@ -189,6 +187,6 @@ class Worker:
         for repeat in range(repeats):
             for i, one in enumerate(candidates):
                 told = self.generation.model_copy(update=one.sampling)
-                run = lambda c=one, g=told: generate(self.pipe, prompts, rows, g, c.steps, c.policy)  # noqa: E731
+                run = lambda c=one, g=told: generate(self.pipe, prompts, rows, g, c.policy)  # noqa: E731
                 turns[i].append(time_pipeline(self.pipe, run, repeats=1, warmup=int(repeat == i == 0)))
         return [Latency(median(t.pipeline for t in of), median(t.transformer for t in of)) for of in turns]

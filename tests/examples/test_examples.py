@@ -116,7 +116,7 @@ def test_the_exported_policy_draws_another_picture(name: str, roads: dict[str, P
     )
     pipe = load(str(folder / "pipeline"), "cpu", torch.float32)
     prompts, rows = [Prompt("a red cat", "", 0)], embed(pipe, ["a red cat"], generation)
-    obeying, plain = (generate(pipe, prompts, rows, generation, 4, p)[0].astype(int) for p in (policy, None))
+    obeying, plain = (generate(pipe, prompts, rows, generation, p)[0].astype(int) for p in (policy, None))
     with Image.open(folder / "out.png") as picture:
         drawn = np.asarray(picture).astype(int)
     assert np.abs(drawn - obeying).max() <= 1  # other threads round otherwise

@@ -30,9 +30,9 @@ def pipe(request, tiny_sd3_pipeline):
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_embeddings_stand_for_prompts(pipe, guidance):
     pipe.set_progress_bar_config(disable=True)
-    generation = Generation(guidance_scale=guidance, batch=2, **SIZE)
+    generation = Generation(num_inference_steps=3, guidance_scale=guidance, batch=2, **SIZE)
     texts = [p.text for p in PROMPTS]
-    images = generate(pipe, PROMPTS, embed(pipe, texts, generation), generation, 3)
+    images = generate(pipe, PROMPTS, embed(pipe, texts, generation), generation)
     assert images.shape == (3, 16, 16, 3)
     assert images.dtype == np.uint8
     name = "true_cfg_scale" if type(pipe).__name__.startswith("Qwen") else "guidance_scale"
@@ -46,9 +46,9 @@ def test_embeddings_stand_for_prompts(pipe, guidance):
 
 
 def test_a_policy_acts(pipe):
-    generation = Generation(batch=3, **SIZE)
+    generation = Generation(num_inference_steps=3, batch=3, **SIZE)
     rows = embed(pipe, [p.text for p in PROMPTS], generation)
     policy = BlockPolicy.for_model(pipe, "skip", [Rule(blocks=[1], action=Skip())])
-    plain = generate(pipe, PROMPTS, rows, generation, 3)
-    assert not np.array_equal(generate(pipe, PROMPTS, rows, generation, 3, policy), plain)
-    assert np.array_equal(generate(pipe, PROMPTS, rows, generation, 3), plain)
+    plain = generate(pipe, PROMPTS, rows, generation)
+    assert not np.array_equal(generate(pipe, PROMPTS, rows, generation, policy), plain)
+    assert np.array_equal(generate(pipe, PROMPTS, rows, generation), plain)

@@ -35,8 +35,8 @@ def maker(request, tiny_sd3_pipeline):
     def make(rules=(), prefixes=None, steps=STEPS, prompts=PROMPTS, guidance=4.0, window=(0.0, 1.0)):
         policy = BlockPolicy.for_model(pipe, "one", list(rules), guidance_window=window)
         latents.clear()
-        guided = generation.model_copy(update={"guidance_scale": guidance})
-        images = generate(pipe, prompts, rows, guided, steps, policy, prefixes)
+        guided = generation.model_copy(update={"guidance_scale": guidance, "num_inference_steps": steps})
+        images = generate(pipe, prompts, rows, guided, policy, prefixes)
         return images, torch.cat(latents)
 
     make.pipe = pipe

@@ -83,10 +83,9 @@ def test_a_difference_is_that_of_the_block_itself(world, probed, tiny_model):
     pipe = load(str(tiny_model), "cpu", torch.float32)
     prompts = load_prompts(world.folder / "search.jsonl")[:3]
     rows = embed(pipe, [p.text for p in prompts], config.generation)
-    steps = config.generation.num_inference_steps
-    plain = generate(pipe, prompts, rows, config.generation, steps)
+    plain = generate(pipe, prompts, rows, config.generation)
     del pipe.transformer.transformer_blocks[int(row["block"])]
-    without = generate(pipe, prompts, rows, config.generation, steps)
+    without = generate(pipe, prompts, rows, config.generation)
     means = [float(np.mean(images.reshape(3, -1).mean(axis=1) / 255)) for images in (plain, without)]
     assert row["delta"] == pytest.approx(means[1] - means[0], abs=2e-3)
 

@@ -79,9 +79,9 @@ def test_another_guidance_is_drawn_and_shares_no_step_with_the_model_s_own(worke
     assert np.array_equal(again.images, first.images)
     assert np.array_equal(alike.images, unlike.images)
     assert not np.array_equal(first.images, unlike.images)
-    generation = worker.config.generation.model_copy(update={"guidance_scale": 2.5})
+    generation = worker.config.generation.model_copy(update={"guidance_scale": 2.5, "num_inference_steps": 3})
     prompts = read_prompts(worker.config, "search")
     rows = embed(worker.pipe, [p.text for p in prompts], generation)
-    assert np.array_equal(generate(worker.pipe, prompts, rows, generation, 3), unlike.images)
+    assert np.array_equal(generate(worker.pipe, prompts, rows, generation), unlike.images)
     changed = worker.measure(other, "search", None, changed={"guidance_scale": worker.config.generation.guidance_scale})
     assert np.array_equal(changed.images, first.images)  # a setting that is asked for goes before the candidate's
