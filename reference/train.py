@@ -14,10 +14,10 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ DROP_CAPTION = 0.1  # empty prompts, for classifier-free guidance
 FULL_T5, FULL_T5_TOKENS = 0.04, 256  # share of batches with T5 padded to SD3's default
 READINGS = 8  # noisy captions per scene
 AVERAGE = 0.999  # of the weights that are saved, a step
+T = TypeVar("T")
 CHUNK = 5_000  # scenes made by one process at a time
 
 
@@ -84,18 +85,26 @@ def make_chunk(chunk: int, size: int, seed: int, noise: float) -> tuple[np.ndarr
     return tabulate(scenes).numpy(), [[prompt_of(misread(r, noise, rng)) for _ in range(READINGS)] for r in requests]
 
 
+def on_all_cores(make: Callable[[int], T], chunks: int) -> Iterator[T]:
+    """What `make` gives for each number of a chunk, in their order; one alone is made in this process."""
+    if chunks == 1:
+        yield make(0)
+        return
+    # spawned, not forked: the parent may hold a CUDA context
+    with multiprocessing.get_context("spawn").Pool(min(chunks, os.cpu_count() or 1)) as pool:
+        yield from pool.imap(make, range(chunks))
+
+
 def make_scenes(args: argparse.Namespace, progress: Progress) -> tuple[torch.Tensor, list[list[str]]]:
     """The training set: scenes `(n, MAX_OBJECTS, 7)` on the device, and their captions."""
     chunks = math.ceil(args.scenes / CHUNK)
     bar = progress.add_task("scenes", total=chunks, note="")
     tables, captions = [], []
     make = partial(make_chunk, size=min(CHUNK, args.scenes), seed=args.seed, noise=args.caption_noise)
-    # spawned, not forked: the parent may hold a CUDA context
-    with multiprocessing.get_context("spawn").Pool(min(chunks, os.cpu_count() or 1)) as pool:
-        for table, texts in pool.imap(make, range(chunks)):
-            tables.append(torch.from_numpy(table))
-            captions += texts
-            progress.advance(bar)
+    for table, texts in on_all_cores(make, chunks):
+        tables.append(torch.from_numpy(table))
+        captions += texts
+        progress.advance(bar)
     return torch.cat(tables)[: args.scenes].to(args.device), captions[: args.scenes]
 
 

@@ -10,11 +10,11 @@ Everything is seeded. A checkpoint is written every minute, and a second call wi
 
 import argparse
 import json
-import multiprocessing
-import os
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .pipeline import WORDS, new_clip_tokenizer
 from .scenes import SIZE, draw, prompt_of, sample_request, sample_scene, tabulate
 from .scorers import CLIP, PIXELS, PREFERENCE
 from .sentences import FOREIGN, PALETTE, sentences, truths
-from .train import CHUNK, sample_pairs
+from .train import CHUNK, on_all_cores, sample_pairs
 
 CONTEXT = 16  # tokens; the longest sentence has 12 with its two marks
 TOWERS = {
@@ -60,19 +60,19 @@ def draw_all(table: torch.Tensor) -> torch.Tensor:
     return torch.cat([(draw(part) * 255).round().byte() for part in table.split(DRAWN_AT_ONCE)])
 
 
-def make_scenes(count: int, seed: int, chunk: int) -> Shown:
-    """Drawn scenes, uint8 `(count, 3, 48, 48)`, which sentences are true of each, and which is its caption."""
-    requests, scenes = sample_pairs(count, np.random.default_rng((seed, 4, chunk)))
+def make_scenes(chunk: int, size: int, seed: int) -> Shown:
+    """Drawn scenes, uint8 `(size, 3, 48, 48)`, which sentences are true of each, and which is its caption."""
+    requests, scenes = sample_pairs(size, np.random.default_rng((seed, 4, chunk)))
     number = {sentence: i for i, sentence in enumerate(sentences())}
     captions = np.array([number[prompt_of(request)] for request in requests])
     return draw_all(tabulate(scenes)).numpy(), truths(scenes), captions
 
 
-def make_crops(count: int, seed: int, chunk: int) -> Shown:
+def make_crops(chunk: int, size: int, seed: int) -> Shown:
     """The same of single objects as `evaluators.color.crop` cuts them out, by masks that are a little off."""
     rng = np.random.default_rng((seed, 5, chunk))
-    scenes = [sample_scene(sample_request("colors", rng), rng) for _ in range(count)]
-    colors = rng.choice(list(PALETTE), count)
+    scenes = [sample_scene(sample_request("colors", rng), rng) for _ in range(size)]
+    colors = rng.choice(list(PALETTE), size)
     table = tabulate(scenes)
     scenes = [[replace(o, color=str(color))] for (o,), color in zip(scenes, colors, strict=True)]
     table[:, 0, 4:] = 0  # black
@@ -94,15 +94,10 @@ def make_crops(count: int, seed: int, chunk: int) -> Shown:
     return np.stack(pictures), named, captions
 
 
-def made(make: Callable[[int, int, int], Shown], count: int, seed: int) -> Shown:
-    """`count` of what `make` makes, on all cores when they are more than one process makes at a time."""
-    sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
-    if len(sizes) == 1:
-        return make(count, seed, 0)
-    # spawned, not forked: the parent may hold a CUDA context
-    with multiprocessing.get_context("spawn").Pool(min(len(sizes), os.cpu_count() or 1)) as pool:
-        parts = pool.starmap(make, [(size, seed, chunk) for chunk, size in enumerate(sizes)])
-    pictures, true, captions = (np.concatenate(part) for part in zip(*parts, strict=True))
+def made(make: Callable[..., Shown], count: int, seed: int) -> Shown:
+    """`count` of what `make` makes, a chunk at a time."""
+    parts = on_all_cores(partial(make, size=min(CHUNK, count), seed=seed), math.ceil(count / CHUNK))
+    pictures, true, captions = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
     return pictures, true, captions
 
 
