@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -73,6 +74,15 @@ class World:
         )  # fmt: skip
         assert done.returncode == code, f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    def drive(self, script: str) -> Any:
+        """Run a script of Python with the config's path, and give what the last line that it prints is as JSON."""
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(self.config)],
+            cwd=self.cwd, env=self.environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
 
     def start(self, *arguments: object) -> subprocess.Popen[bytes]:
         """Start `blocktune` as the leader of a group of its own."""

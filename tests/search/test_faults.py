@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,13 +252,7 @@ print(json.dumps(told))
 
 def test_workers_that_die_are_replaced(new_world: Callable[..., Any]) -> None:
     """A job whose worker is killed or hangs is done by the next; one that kills two fails; the pool stays as large."""
-    world = new_world()
-    done = subprocess.run(
-        [sys.executable, "-c", POOL, str(world.config)],
-        cwd=world.cwd, env=world.environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = new_world().drive(POOL)
     assert told["slow"]["error"] is None
     assert told["slow"]["attempts"] == 2
     assert told["slow"]["result"] != told["first"]

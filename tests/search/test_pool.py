@@ -4,9 +4,6 @@ Actors of Ray that only wait, told to die or hang by files; in a process of thei
 its servers behind, which pytest would take for this test's. With a pipeline and evaluators: test_scoring.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -101,13 +98,7 @@ print(json.dumps(told))
 @pytest.fixture(scope="module")
 def told(new_world: Callable[..., Any]) -> dict[str, dict[str, Any]]:
     """What three candidates of one worker come to, by the fault that they met."""
-    world = new_world()
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(world.config)],
-        cwd=world.cwd, env=world.environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return new_world().drive(DRIVER)
 
 
 def test_the_next_is_drawn_while_the_last_is_scored(told: dict[str, dict[str, Any]]) -> None:

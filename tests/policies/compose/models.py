@@ -4,13 +4,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from blocktune.policies import BlockPolicy, Rule, apply_policy
+from blocktune.policies import BlockPolicy, Reuse, Rule, ScaleText, Skip, apply_policy
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from ..families import FAMILIES, Family
 
 FAMILY: dict[str, Family] = {family.name: family for family in FAMILIES}
+# What offloaded pipelines are to obey: each action, in blocks that come and go.
+OFFLOADED = [
+    Rule(blocks=[0], window=(0, 0.5), action=ScaleText(operand="logit", scale=1.7)),
+    Rule(blocks=[0], window=(0.5, 1), action=Skip()),
+    Rule(blocks=[1], branch="cond", action=ScaleText(operand="input", scale=1.5)),
+    Rule(blocks=[2], action=Reuse(every=2)),
+    Rule(blocks=[3], action=ScaleText(operand="value", scale=1.7)),
+]
 
 
 def policy_for(target: Any, *rules: Rule) -> BlockPolicy:

@@ -16,15 +16,7 @@ from blocktune.policies import PolicyError, Reuse, Rule, ScaleText, Skip, apply_
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 
-from .models import FAMILY, every_rule_acts, generate, new_scheduler, policy_for
-
-RULES = [
-    Rule(blocks=[0], window=(0, 0.5), action=ScaleText(operand="logit", scale=1.7)),
-    Rule(blocks=[0], window=(0.5, 1), action=Skip()),
-    Rule(blocks=[1], branch="cond", action=ScaleText(operand="input", scale=1.5)),
-    Rule(blocks=[2], action=Reuse(every=2)),
-    Rule(blocks=[3], action=ScaleText(operand="value", scale=1.7)),
-]
+from .models import FAMILY, OFFLOADED, every_rule_acts, generate, new_scheduler, policy_for
 
 
 def group(pipe: Any, **options: Any) -> None:
@@ -45,7 +37,7 @@ def answers(tiny_sd3_pipeline) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents without a policy and with one, nothing offloaded."""
     pipe = tiny_sd3_pipeline()
     plain = generate(pipe)
-    with apply_policy(pipe, policy_for(pipe, *RULES)):
+    with apply_policy(pipe, policy_for(pipe, *OFFLOADED)):
         expected = generate(pipe)
     assert not torch.allclose(plain, expected, atol=1e-3)
     return plain, expected
@@ -57,12 +49,12 @@ def test_policy_on_an_offloaded_pipeline(tiny_sd3_pipeline, answers, offload):
     pipe = tiny_sd3_pipeline()
     OFFLOADS[offload](pipe)
     assert torch.equal(generate(pipe), plain)
-    with apply_policy(pipe, policy_for(pipe, *RULES)) as applied:
+    with apply_policy(pipe, policy_for(pipe, *OFFLOADED)) as applied:
         for _ in range(2):
             assert torch.equal(generate(pipe), expected)
             assert (applied.report.skipped, applied.report.reused) == (2, 2)
     assert torch.equal(generate(pipe), plain)
-    assert every_rule_acts(lambda: generate(pipe), pipe, RULES)
+    assert every_rule_acts(lambda: generate(pipe), pipe, OFFLOADED)
 
 
 @by_offload
@@ -71,7 +63,7 @@ def test_pipeline_offloaded_under_a_policy(tiny_sd3_pipeline, answers, offload, 
     plain, expected = answers
     pipe = tiny_sd3_pipeline()
     blocks = list(pipe.transformer.transformer_blocks)
-    applied = apply_policy(pipe, policy_for(pipe, *RULES))
+    applied = apply_policy(pipe, policy_for(pipe, *OFFLOADED))
     OFFLOADS[offload](pipe)
     for _ in range(2):
         assert torch.equal(generate(pipe), expected)

@@ -19,7 +19,7 @@ from ..by_hand import forward_as, keeping_residuals
 from ..families import Family, stacked
 from ..pipelines import flux_pipeline
 from ..pipelines import generate as generate_flux
-from .models import FAMILY, every_rule_acts, generate, policy_for
+from .models import FAMILY, OFFLOADED, every_rule_acts, generate, policy_for
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -27,13 +27,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 # --- offloading --------------------------------------------------------------------------------------------------
 
-RULES = [
-    Rule(blocks=[0], window=(0, 0.5), action=ScaleText(operand="logit", scale=1.7)),
-    Rule(blocks=[0], window=(0.5, 1), action=Skip()),
-    Rule(blocks=[1], branch="cond", action=ScaleText(operand="input", scale=1.5)),
-    Rule(blocks=[2], action=Reuse(every=2)),
-    Rule(blocks=[3], action=ScaleText(operand="value", scale=1.7)),
-]
 # The first forward, in which diffusers learns the order of blocks for its prefetching, has all blocks above.
 FROM_THE_START = [Rule(blocks=[1], action=Skip()), Rule(blocks=[2, 3], window=(0.25, 1), action=Reuse())]
 
@@ -60,7 +53,7 @@ def homes(pipe: Any) -> set[str]:
     return {parameter.device.type for parameter in pipe.transformer.parameters()}
 
 
-@pytest.mark.parametrize("rules", [RULES, FROM_THE_START], ids=["later", "from the start"])
+@pytest.mark.parametrize("rules", [OFFLOADED, FROM_THE_START], ids=["later", "from the start"])
 @pytest.mark.parametrize("first", ["offload", "policy"])
 @pytest.mark.parametrize("offload", OFFLOADS)
 @pytest.mark.parametrize("cache_device", [None, "cpu"])
