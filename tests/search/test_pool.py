@@ -43,7 +43,9 @@ class Scorer:
 
     def score(self, name):
         tell(f"score {name}")
-        time.sleep(0.4)
+        until = time.monotonic() + (3 if name < "c" else 0.4)
+        while time.monotonic() < until and f"draw {chr(ord(name) + 1)}" not in (PLACE / "log").read_text():
+            time.sleep(0.05)  # until the next is begun, on however slow a machine
         tell(f"scored {name}")
         return {"pid": np.full(1, float(os.getpid()))}
 
@@ -71,7 +73,7 @@ for faults in ({}, {"score b": "raise"}, {"draw b": "die"}, {"score b": "die"}, 
     (PLACE / "log").write_text("")
     for what, fault in faults.items():
         (PLACE / what).write_text(fault)
-    pool.limit = 2.0 if "hang" in faults.values() else None
+    pool.limit = 5.0 if "hang" in faults.values() else None
     done, jobs = [], [Job("measure", (name,), name) for name in "abc"]
     pool.try_all(jobs, done.append)
     assert (pool.busy, pool.free, pool.size) == (0, 1, 1)
@@ -86,10 +88,9 @@ for faults in ({}, {"score b": "raise"}, {"draw b": "die"}, {"score b": "die"}, 
         "log": (PLACE / "log").read_text().split("\\n")[:-1],
     }
 until = time.monotonic() + 20
-while len(alive := [pid for pid in (PLACE / "scorers").read_text().split() if Path("/proc", pid).exists()]) > 1:
-    assert time.monotonic() < until, "scorers outlive their workers"
+while len(alive := [pid for pid in (PLACE / "scorers").read_text().split() if Path("/proc", pid).exists()]) != 1:
+    assert time.monotonic() < until, f"one worker's scorers are {alive}"
     time.sleep(0.1)
-assert alive
 pool.close()
 print(json.dumps(told))
 """
@@ -112,7 +113,7 @@ def test_the_next_is_drawn_while_the_last_is_scored(told: dict[str, dict[str, An
     assert found["errors"] == [None] * 3
     assert found["attempts"] == [1] * 3
     first, _, last = found["score_seconds"]
-    assert first < 0.3 < last  # nothing was drawn while the last was scored
+    assert first < last > 0.3  # nothing was drawn while the last was scored
 
 
 def test_scores_that_raise_fail_their_candidate_alone(told: dict[str, dict[str, Any]]) -> None:
