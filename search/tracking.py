@@ -8,9 +8,7 @@ active runs, no global state. Not covered: two searches that write one run.
 import hashlib
 import json
 import logging
-import os
 import queue
-import re
 import tempfile
 import threading
 import time
@@ -22,15 +20,9 @@ from typing import Any
 
 from ..evaluators import Prompt
 from ..policies import BlockPolicy
-from .config import Config, ConfigError
+from .config import Config
+from .registry import register, registered_model
 from .run_directory import RunDirectory
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-# the outbox tries again by itself, and sooner than MLflow, which would hold one call for minutes
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 _LOG = logging.getLogger("blocktune")
 OUTBOX = "outbox.jsonl"
@@ -41,11 +33,6 @@ _SLOW = 60.0  # seconds that the end waits for one that has not failed
 
 def tracking_uri(config: Config, folder: Path) -> str:
     return config.mlflow.uri or f"sqlite:///{folder.absolute() / 'mlflow.db'}"
-
-
-def registered_model(config: Config) -> str:
-    """Under what name the picks are registered; a name must be free of what separates it from version and alias."""
-    return config.mlflow.registered_model or re.sub("[/:@]+", "-", f"{config.mlflow.experiment}-{config.name}")
 
 
 def _make_database(path: Path) -> None:
@@ -337,34 +324,12 @@ class Tracker:
             if (self._folder / file).exists():
                 self._client.log_artifact(run, str(self._folder / file), str(file.parent) if file.parent.name else None)
         if record.picks is not None:
-            self._register(run, record.picks)
+            register(self._client, registered_model(self._config), run, record.picks)
         if record.status == "RUNNING":
             self._client.update_run(run, status="RUNNING")
             self._watch()
         elif record.status:
             self._client.set_terminated(run, record.status, record.stamp)
-
-    def _register(self, run: str, picks: dict[str, str]) -> None:
-        """Each pick as a version, known again by where its file lies, and its alias; those of old picks go."""
-        name = registered_model(self._config)
-        if not self._client.search_registered_models(f"name = '{name}'"):
-            if not picks:
-                return
-            self._client.create_registered_model(name)
-        versions = {v.source: v for v in self._client.search_model_versions(f"name = '{name}'")}
-        aliases: dict[str, str] = self._client.get_registered_model(name).aliases
-        for alias, number in aliases.items():
-            mine = any(str(v.version) == str(number) and v.run_id == run for v in versions.values())
-            if mine and alias not in picks:
-                self._client.delete_registered_model_alias(name, alias)
-        for alias, text in picks.items():
-            place = f"picks/{alias}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-            source = f"runs:/{run}/{place}"
-            if source not in versions:
-                self._client.log_text(run, text, f"{place}/policy.json")
-                tags = {"policy_digest": BlockPolicy.model_validate_json(text).digest, "pick": alias}
-                versions[source] = self._client.create_model_version(name, source, run, tags)
-            self._client.set_registered_model_alias(name, alias, versions[source].version)
 
 
 def _text(policy: BlockPolicy) -> str:
@@ -382,28 +347,3 @@ def send_left(config: Config, run: RunDirectory) -> None:
     """Send what a finished search could not."""
     if (run.path / OUTBOX).exists():
         Tracker(config, run.path, run.read_state()["search"]).close()
-
-
-def registered_policy(reference: str, uri: str | None) -> BlockPolicy:
-    """The policy of `models:/NAME@ALIAS` or `models:/NAME/VERSION` at a tracking URI; ConfigError where none is."""
-    asked = re.fullmatch(r"models:/([^/:@]+)(?:@([^/:@]+)|/(\d+))", reference)
-    if not asked:
-        raise ConfigError(f"the policy is {reference!r}; accepted: a file, models:/NAME@ALIAS or models:/NAME/VERSION.")
-    if not uri:
-        raise ConfigError(f"the policy is {reference!r}, which needs --mlflow-uri or MLFLOW_TRACKING_URI.")
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise ConfigError(f"--mlflow-uri is {uri!r}; there is no such file.")  # MLflow would make one
-    import mlflow.artifacts
-
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    name, alias, version = asked.groups()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            client = mlflow.MlflowClient(uri)
-            version = version or client.get_model_version_by_alias(name, alias).version
-            # of models:/ itself, MLflow would ask the registry of its global state
-            place = client.get_model_version_download_uri(name, version)
-            found = mlflow.artifacts.download_artifacts(place, dst_path=folder, tracking_uri=uri)
-        except Exception as error:  # of MLflow, the database, the network or the store of artifacts
-            raise ConfigError(f"the policy {reference!r} cannot be had from {uri!r}: {_short(error)}") from None
-        return BlockPolicy.load(Path(found) / "policy.json")

@@ -21,7 +21,8 @@ from blocktune.evaluators import Prompt
 from blocktune.policies import BlockPolicy, ModelIdentity, Rule, ScaleText, Skip
 from blocktune.search import tracking
 from blocktune.search.config import Config, load_config
-from blocktune.search.tracking import Record, Tracker, registered_model, registered_policy
+from blocktune.search.registry import registered_model, registered_policy
+from blocktune.search.tracking import Record, Tracker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
