@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.progress import track
 from scipy import ndimage
 
 from ..evaluators.color import crop
@@ -96,7 +97,9 @@ def make_crops(chunk: int, size: int, seed: int) -> Shown:
 
 def made(make: Callable[..., Shown], count: int, seed: int) -> Shown:
     """`count` of what `make` makes, a chunk at a time."""
-    parts = on_all_cores(partial(make, size=min(CHUNK, count), seed=seed), math.ceil(count / CHUNK))
+    chunks = math.ceil(count / CHUNK)
+    parts = on_all_cores(partial(make, size=min(CHUNK, count), seed=seed), chunks)
+    parts = track(parts, make.__name__.removeprefix("make_"), chunks)
     pictures, true, captions = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
     return pictures, true, captions
 
@@ -187,6 +190,7 @@ def main() -> None:
     words = tokenizer()
     config = {**TOWERS, "text_cfg": {**TOWERS["text_cfg"], "vocab_size": len(words)}}
     model = Towers(**config).to(args.device)
+    model.visual = model.visual.to(memory_format=torch.channels_last)  # 0.7 of a step's time on a CPU
     if args.preference:
         from safetensors.torch import load_file
 
