@@ -1,6 +1,7 @@
 """The files of a run directory as the page may read them: inside of it, never written, known by their times."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,16 @@ class RunFiles:
     def config(self) -> Config:
         """Raises Unreadable, in one sentence, for what is no config of a search."""
         try:
-            return Config.model_validate(yaml.safe_load(self.path("config.yaml").read_text("utf-8")))
+            return _config(self.path("config.yaml").read_text("utf-8"))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"])) or "it"
             raise Unreadable(f"config.yaml is of no search: {field}: {first['msg'].lower()}.") from None
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise Unreadable(f"config.yaml cannot be read: {' '.join(str(error).split())[:200]}.") from None
+
+
+@lru_cache(maxsize=1)
+def _config(text: str) -> Config:
+    """Every answer asks for it, and reading YAML takes 50 ms."""
+    return Config.model_validate(yaml.safe_load(text))

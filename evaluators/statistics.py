@@ -216,8 +216,7 @@ def minimum_detectable_difference(n: int, spread: float, level: float = 0.95, po
     256 pairs of spread 0.1 tell 1.76 points of a score in [0, 1]. Raises ValueError for n < 2, a negative spread, and
     shares outside (0, 1).
     """
-    from scipy.optimize import brentq
-    from scipy.stats import nct, t
+    from scipy.special import nctdtrinc, stdtrit
 
     if n < 2:
         raise ValueError(f"n is {n}; accepted: 2 or more, as a spread needs two")
@@ -228,13 +227,6 @@ def minimum_detectable_difference(n: int, spread: float, level: float = 0.95, po
             raise ValueError(f"{field} is {value}; accepted: between 0 and 1")
     if power <= (1 - level) / 2:
         raise ValueError(f"power is {power}; accepted: more than {(1 - level) / 2:g}, which no difference at all has")
-    critical = float(t.ppf((1 + level) / 2, n - 1))
-
-    def missing(shift: float) -> float:  # shift: the difference in standard errors
-        return float(nct.sf(critical, n - 1, shift)) - power
-
-    upper = critical + 1.0
-    while missing(upper) < 0:
-        upper *= 2
-    shift = brentq(missing, 0, upper)
-    return float(shift * spread / np.sqrt(n))  # pyright: ignore[reportOperatorIssue]
+    critical = stdtrit(n - 1, (1 + level) / 2)
+    shift = nctdtrinc(n - 1, 1 - power, critical)  # in standard errors: Student's t is noncentral by it
+    return float(shift * spread / np.sqrt(n))

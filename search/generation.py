@@ -8,9 +8,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 from ..evaluators import Prompt
 from ..policies import BlockPolicy, apply_policy
@@ -38,6 +35,11 @@ class BrokenPicture(RuntimeError):
 
 def load(path: str, device: str, dtype: torch.dtype) -> Any:
     """The pipeline at `path` (`reference`: the bundled one), quiet, on `device`."""
+    # here, for whoever starts workers imports this module and loads nothing: three seconds
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
     if path == "reference":
@@ -68,6 +70,8 @@ def _accepted(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, 
 
 def _guidance(pipe: Any, generation: Generation) -> dict[str, float]:
     """Guidance under the name that the pipeline gives it; FLUX.1 takes its scale as an input of the model."""
+    from diffusers import FluxPipeline
+
     true = "true_cfg_scale" in inspect.signature(pipe.__call__).parameters and not isinstance(pipe, FluxPipeline)
     return {"true_cfg_scale" if true else "guidance_scale": generation.guidance_scale}
 

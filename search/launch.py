@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import mlflow
-import optuna
 import psutil
-import ray
 
 from ..evaluators.clip import check_clip
 from .config import Config, ConfigError
@@ -154,8 +151,8 @@ def _circumstances(pool: Pool) -> dict[str, Any]:
         "nodes": len(set(pool.nodes)),
         "driver": f"{platform.platform()}, {os.cpu_count()} CPUs, {psutil.virtual_memory().total / 2**30:.0f} GiB",
         **described.versions,
-        "blocktune": version("blocktune"),
-        **{module.__name__: module.__version__ for module in (optuna, ray, mlflow)},  # mlflow-skinny is mlflow, too
+        **{name: version(name) for name in ("blocktune", "optuna", "ray")},
+        "mlflow": version("mlflow-skinny"),  # which mlflow rests on
     }
 
 
