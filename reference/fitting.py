@@ -39,8 +39,8 @@ def fit(
     name: str,
     loss_of_step: Callable[[torch.Generator], tuple[torch.Tensor, torch.Tensor]],
     args: argparse.Namespace,
-) -> int:
-    """Train `model` in place from where its checkpoint `name` in `args.work` stands; gives the steps that were done.
+) -> Checkpoint:
+    """Train `model` in place from where its checkpoint `name` in `args.work` stands, and give that of the end.
 
     `loss_of_step` draws its batch by the generator it is given, which depends on seed and step alone, and gives the
     loss and what of it is told.
@@ -73,12 +73,12 @@ def fit(
             print(f"{seconds:5.0f} s  step {checkpoint.done}  loss {mean_loss:.3f}  {pace:.2f} s/step", flush=True)
         checkpoint.save(every=60)
     checkpoint.save()
-    return checkpoint.done
+    return checkpoint
 
 
-def write_record(args: argparse.Namespace, steps: int, seconds: float, **more: Any) -> None:
+def write_record(args: argparse.Namespace, reached: Checkpoint, **more: Any) -> None:
     """`training.json` beside the weights; `more` is what only one trainer has."""
-    record = {"steps": steps, "batch": args.batch, "lr": args.lr, "scenes": args.scenes, "seed": args.seed}
-    record |= more | {"device": args.device, "seconds": round(seconds), "torch": torch.__version__}
+    record = {"steps": reached.done, "batch": args.batch, "lr": args.lr, "scenes": args.scenes, "seed": args.seed}
+    record |= more | {"device": args.device, "seconds": round(reached.seconds), "torch": torch.__version__}
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"saved {args.out}", flush=True)

@@ -112,19 +112,25 @@ class Checkpoint:
     """What a stage has reached: the state of its parts, and how many steps are done. Written whole or not at all."""
 
     def __init__(self, path: Path, device: str, **parts: Any):
-        self.path, self.parts, self.done, self._saved = path, parts, 0, time.monotonic()
+        self.path, self.parts, self.done, self._before = path, parts, 0, 0.0
+        self._began = self._saved = time.monotonic()
         if path.exists():
             state = torch.load(path, map_location=device, weights_only=True)
-            self.done = state.pop("done")
+            self.done, self._before = state.pop("done"), state.pop("seconds", 0.0)
             for name, value in state.items():
                 parts[name].load_state_dict(value)
+
+    @property
+    def seconds(self) -> float:
+        """Since it was begun, in this process and those before it."""
+        return self._before + time.monotonic() - self._began
 
     def save(self, every: float = 0.0) -> None:
         """Write it, if the last time is `every` seconds ago."""
         if time.monotonic() - self._saved < every:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save(state | {"done": self.done}, self.path.with_suffix(".new"))
+        torch.save(state | {"done": self.done, "seconds": self.seconds}, self.path.with_suffix(".new"))
         self.path.with_suffix(".new").replace(self.path)
         self._saved = time.monotonic()
 

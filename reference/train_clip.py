@@ -33,7 +33,7 @@ from .pipeline import WORDS, new_clip_tokenizer
 from .scenes import SIZE, draw, prompt_of, sample_request, sample_scene, tabulate
 from .scorers import CLIP, PIXELS, PREFERENCE
 from .sentences import FOREIGN, PALETTE, sentences, truths
-from .train import CHUNK, on_all_cores, sample_pairs
+from .train import CHUNK, Checkpoint, on_all_cores, sample_pairs
 
 CONTEXT = 16  # tokens; the longest sentence has 12 with its two marks
 TOWERS = {
@@ -112,8 +112,8 @@ def ranking(scores: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     return (losses.sum(1)[rows > 0] / rows[rows > 0]).mean()
 
 
-def train(model: Any, tokens: torch.Tensor, args: argparse.Namespace) -> int:
-    """Train `model` in place; gives the number of steps that were done."""
+def train(model: Any, tokens: torch.Tensor, args: argparse.Namespace) -> Checkpoint:
+    """Train `model` in place, and give the checkpoint of the end."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     device = args.device
@@ -196,10 +196,9 @@ def main() -> None:
 
         model.load_state_dict(load_file(args.start / "open_clip_model.safetensors"))
     padded = words(list(sentences()), padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
-    started = time.monotonic()
-    steps = train(model, padded, args)
+    reached = train(model, padded, args)
     save(model.eval(), config, args.out)
-    write_record(args, steps, time.monotonic() - started)
+    write_record(args, reached)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from .pipeline import SAMPLING, load_pipeline
 from .prompts import prompts
 from .scenes import GAP, MAX_OBJECTS, SHAPES, Object, Request, Thing, sample_scene, tabulate
 from .scorers import DETECTOR, PIXELS
+from .train import Checkpoint
 from .train_clip import draw_all
 
 DEGRADED = 0.3  # share of pictures that are degraded
@@ -166,8 +167,8 @@ def loss_of(classes: torch.Tensor, masks: torch.Tensor, labels: torch.Tensor, tr
     return CLASS * named + MASK * cross + DICE * dice.mean()
 
 
-def train(model: Any, args: argparse.Namespace) -> int:
-    """Train `model` in place; gives the number of steps that were done."""
+def train(model: Any, args: argparse.Namespace) -> Checkpoint:
+    """Train `model` in place, and give the checkpoint of the end."""
     from transformers import Mask2FormerImageProcessor
 
     device, began = args.device, time.monotonic()
@@ -235,13 +236,12 @@ def main() -> None:
         sharpen(model, 1 / SHARPER, 1)  # how sure of classes, it soon learns anew
     else:
         model = new_detector()
-    started = time.monotonic()
-    steps = train(model.to(args.device), args)
+    reached = train(model.to(args.device), args)
     sharpen(model, SHARPER, SURER)
     model.eval().half().cpu().save_pretrained(args.out)
     edges = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
     Mask2FormerImageProcessor(size=edges).save_pretrained(args.out)
-    write_record(args, steps, time.monotonic() - started, **more)
+    write_record(args, reached, **more)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ for faults in ({}, {"score b": "raise"}, {"draw b": "die"}, {"score b": "die"}, 
     (PLACE / "log").write_text("")
     for what, fault in faults.items():
         (PLACE / what).write_text(fault)
-    pool.limit = 5.0 if "hang" in faults.values() else None
+    pool.limit = 10.0 if "hang" in faults.values() else None
     done, jobs = [], [Job("measure", (name,), name) for name in "abc"]
     pool.try_all(jobs, done.append)
     assert (pool.busy, pool.free, pool.size) == (0, 1, 1)
