@@ -175,7 +175,7 @@ def _folder(name: str) -> Path:
 
 
 def main() -> None:
-    options = parser("train_clip", __doc__, scenes=32_000, batch=128, lr=1.5e-3)
+    options = parser("train_clip", __doc__, scenes=96_000, batch=256, lr=1.5e-3)
     options.add_argument(
         "--preference", action="store_true", help="tune the trained model to prefer what is not degraded"
     )

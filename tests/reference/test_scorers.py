@@ -18,14 +18,13 @@ PICTURES, TEXTS = drawn(SCENES), [prompt_of(request).replace("cyan", "blue") for
 def test_a_picture_finds_its_sentence_and_a_sentence_its_picture():
     found = retrieval(groups=16)
     assert found["text of picture"] >= 0.95
-    assert found["picture of text"] >= 0.9
+    assert found["picture of text"] >= 0.95
 
 
 def test_the_score_falls_when_the_sentence_is_changed():
     found = falls("clip_score:reference", 256)
-    for part in ("shape", "color", "count"):
+    for part in ("shape", "color", "swap", "count", "relation"):
         assert found[part] >= 0.95
-    assert found["relation"] >= 0.8
 
 
 def test_true_pictures_are_preferred_to_degraded_and_to_wrong_ones():
@@ -51,9 +50,9 @@ def test_geneval_agrees_with_the_exact_judge():
     assert found["agree"] >= 0.95
 
 
-@pytest.mark.parametrize("name", ["aesthetic_v2:reference", "geneval-style:reference"])
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_noise_lies_below_the_worst_healthy_picture(name):
-    """Not so of the two that compare with the sentence, as `docs/evaluators.md` says."""
+    """Not so of the first, as `docs/evaluators.md` says."""
     noise = np.random.default_rng(0).integers(0, 256, PICTURES.shape, dtype=np.uint8)
     assert get(name).score(noise, TEXTS).max() < get(name).score(PICTURES, TEXTS).min()
 
@@ -75,7 +74,8 @@ def test_names_are_the_same_wherever_the_weights_lie(name):
 def test_the_card_tells_what_is_shipped():
     """Measured on more scenes than the tests can afford."""
     card = json.loads(CARD.read_text())
-    assert card["clip_score"]["retrieval of 64"]["text of picture"] >= 0.95
+    for way in ("text of picture", "picture of text"):
+        assert card["clip_score"]["retrieval of 64"][way] >= 0.95
     assert card["hps_v2.1"]["preferred"]["above degraded"] >= 0.9
     assert card["geneval-style"]["renderings"]["agree"] >= 0.98
     assert card["geneval-style"]["generated"]["agree"] >= 0.95
