@@ -19,6 +19,7 @@ from blocktune.policies import ModelIdentity
 from blocktune.search.candidate import Candidate
 from blocktune.search.config import Config
 from blocktune.search.generation import device_name, embed, generate, load
+from blocktune.search.outputs import Outputs
 from blocktune.search.prefixes import Prefixes, course
 from blocktune.search.prompts import read_prompts
 from blocktune.search.space import candidate, distributions, suggest
@@ -61,7 +62,8 @@ def main(
     latents: list[torch.Tensor] = []
     decode = pipe.vae.decode
     pipe.vae.decode = lambda z, *args, **kwargs: (latents.append(z.clone()), decode(z, *args, **kwargs))[1]
-    prefixes, seconds, equal = Prefixes(config.ray.prefix_gib), {"alone": 0.0, "shared": 0.0}, 0
+    outputs, seconds, equal = Outputs(config.ray.prefix_gib), {"alone": 0.0, "shared": 0.0}, 0
+    prefixes = Prefixes(outputs)
     chosen = proposals(config, model, measured, 0)
     generate(pipe, prompts, rows, config.generation, None, prefixes)
     prefixes.steps = prefixes.given = 0
@@ -86,7 +88,7 @@ def main(
         "measured_share_of_steps_saved": round(prefixes.given / prefixes.steps, 4),
         "images_per_second_alone": round(measured * len(prompts) / seconds["alone"], 3),
         "images_per_second_shared": round(measured * len(prompts) / seconds["shared"], 3),
-        "mib_held": round((prefixes.size - prefixes.room) / 2**20, 1),
+        "mib_held": round((outputs.size - outputs.room) / 2**20, 1),
     }
     for key, value in result.items():
         print(f"{key:<32} {value}")

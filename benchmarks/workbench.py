@@ -19,6 +19,7 @@ from blocktune.policies import BlockPolicy, ModelIdentity
 from blocktune.search.config import Config, Generation
 from blocktune.search.front import Baseline, Point
 from blocktune.search.generation import Rows, device_name, embed, generate, load, some
+from blocktune.search.outputs import Outputs
 from blocktune.search.prefixes import Prefixes
 from blocktune.search.prompts import read_prompts
 from blocktune.search.space import guidance_ends_of
@@ -66,7 +67,7 @@ class Workbench:
         self.objectives = (config.objectives.alignment, config.objectives.quality)
         self.scored = (*self.objectives, *beside)
         self.timed = timed or config.generation.batch
-        self._prefixes = {split: Prefixes(config.ray.prefix_gib) for split in self.prompts}
+        self._prefixes = {split: Prefixes(Outputs(config.ray.prefix_gib)) for split in self.prompts}
         self._known: dict[str, dict[str, np.ndarray]] = {}
         self._started = time.monotonic()
         (out / "scores").mkdir(parents=True, exist_ok=True)

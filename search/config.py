@@ -229,9 +229,9 @@ class Ray(_Section):
         "which score pictures while it makes others, of the next candidate too; in the worker itself when not given",
     )
     prefix_gib: NonNegativeFloat = Field(
-        default=2.0,
-        description="main memory in which a worker keeps what the transformer returned, so that candidates which begin "
-        "alike share their first steps; pictures are the same with 0, which shares nothing",
+        default=4.0,
+        description="main memory in which what the transformer returned is kept for all workers, so that candidates "
+        "which begin alike share their first steps; pictures are the same with 0, which shares nothing",
     )
     timeout_s: PositiveFloat | None = Field(
         default=None,

@@ -131,7 +131,7 @@ def generate(
         }  # fmt: skip
         arguments |= some(rows, part) | _guidance(pipe, generation)
         applied = apply_policy(pipe, policy) if policy is not None and policy.acts else nullcontext()
-        run = (generation.num_inference_steps, generation.guidance_scale, tuple(prompts[part]))
+        run = repr((generation, prompts[part]))
         with applied, prefixes.shared(pipe, policy, run) if prefixes else nullcontext():
             pixels = pipe(**_accepted(pipe.__call__, arguments)).images
         if not torch.isfinite(pixels).all():

@@ -14,6 +14,7 @@ import ray
 import ray.exceptions
 
 from .config import Config, ConfigError
+from .outputs import Outputs
 from .scoring import Pictures
 from .worker import Description, Worker
 
@@ -102,11 +103,14 @@ class Pool:
         self._actor = ray.remote(Worker).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
         )
+        kept = self.config.ray.prefix_gib
+        # begun anew, empty, where it dies: what it held is computed again
+        self._outputs = ray.remote(Outputs).options(num_cpus=0, max_restarts=-1).remote(kept) if kept else None
         began = time.monotonic()
-        first = self._actor.remote(self.config, dtype)
+        first = self._actor.remote(self.config, dtype, self._outputs)
         self.description: Description = self._described(first)  # settles the dtype for all
         self._starting = time.monotonic() - began  # seconds
-        rest = [self._actor.remote(self.config, self.description.dtype) for _ in range(count - 1)]
+        rest = [self._actor.remote(self.config, self.description.dtype, self._outputs) for _ in range(count - 1)]
         self.nodes = [self.description.node] + [self._described(worker).node for worker in rest]
         self._workers = [first, *rest]  # by number; one that dies is replaced in its place
         self._idle = list(self._workers)
@@ -214,7 +218,7 @@ class Pool:
         # a new actor, not Ray's restart: calls to one that restarts fail at once instead of waiting for it
         ray.kill(worker)
         self._new.discard(worker)
-        fresh = self._actor.remote(self.config, self.description.dtype)
+        fresh = self._actor.remote(self.config, self.description.dtype, self._outputs)
         self._workers[job.worker] = fresh
         self._new.add(fresh)
         self._idle = [fresh, *(idle for idle in self._idle if idle is not worker)]

@@ -10,22 +10,21 @@ Not covered, and computed as ever: pipelines whose scheduler does not tell the s
 """
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+import pickle
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from ..policies import BlockPolicy, Plan, clock
 from ..policies.architectures import resolve, unwrapped
 from ..policies.policy import Branch
-
-Key: TypeAlias = tuple[Hashable, bytes]  # the pictures, and a digest of what the run did up to a step, that included
+from .outputs import Outputs, SharedOutputs
 
 
 @dataclass(frozen=True)
@@ -63,45 +62,23 @@ def course(policy: BlockPolicy | None, num_steps: int, start: int, branches: tup
 
 
 class Prefixes:
-    """Outputs of one pipeline's transformer in main memory, at most `gib` of them.
+    """The beginnings that runs of one pipeline share with others, by the outputs of its transformer.
 
-    Those of the unmodified model stay once they are in: most candidates begin so, and of what is met in turn, batch
-    after batch, replacing the oldest would throw out each just before it is wanted. Candidates' own leave when room is
-    needed, the longest unused first.
+    `made_on` tells the device apart from others, which round otherwise; `stage` the pictures that are made now from
+    those of before.
     """
 
-    def __init__(self, gib: float) -> None:
-        self.size = self.room = int(gib * 2**30)  # bytes, and those left
-        self.plain: dict[Key, list[Any]] = {}
-        self.own: OrderedDict[Key, list[Any]] = OrderedDict()
+    def __init__(self, outputs: Outputs | SharedOutputs, made_on: str = "") -> None:
+        self.outputs, self.made_on, self.stage = outputs, made_on, ""
         self.steps = 0  # of all runs so far
         self.given = 0  # of these, the steps that were not computed
 
-    def known(self, key: Key) -> bool:
-        return key in self.plain or key in self.own
-
-    def recall(self, key: Key) -> list[Any]:
-        """The outputs of the transformer's calls at a known step."""
-        if key in self.plain:
-            return self.plain[key]
-        self.own.move_to_end(key)
-        return self.own[key]
-
-    def keep(self, key: Key, outputs: list[Any], plain: bool) -> None:
-        """Takes in the outputs of a step's calls if there is room, or may be made."""
-        size = _bytes(outputs)
-        while self.room < size <= self.size and self.own:
-            self.room += _bytes(self.own.popitem(last=False)[1])
-        if self.room >= size:
-            self.room -= size
-            (self.plain if plain else self.own)[key] = outputs
-
     @contextmanager
-    def shared(self, pipe: Any, policy: BlockPolicy | None, pictures: Hashable) -> Iterator[None]:
-        """For one run of `pipe` under `policy`, already applied, that makes `pictures`: prompts, seeds, guidance."""
+    def shared(self, pipe: Any, policy: BlockPolicy | None, pictures: str) -> Iterator[None]:
+        """For one run of `pipe` under `policy`, already applied, that makes `pictures`: sampling, prompts, seeds."""
         transformer, architecture = resolve(pipe)
         compiled = pipe.transformer is not unwrapped(pipe.transformer)
-        if not self.size or compiled or not clock.has_steps(pipe.scheduler):
+        if compiled or not clock.has_steps(pipe.scheduler):
             yield
             return
         branches: tuple[Branch, ...] = ("cond", "uncond") if architecture.guidance == "calls" else ("both",)
@@ -125,52 +102,51 @@ class _Run:
         pipe: Any,
         compute: Any,
         policy: BlockPolicy | None,
-        pictures: Hashable,
+        pictures: str,
         branches: tuple[Branch, ...],
     ) -> None:
-        self.prefixes, self.pipe, self.compute, self.pictures = prefixes, pipe, compute, pictures
+        self.prefixes, self.pipe, self.compute = prefixes, pipe, compute
+        self.pictures = hashlib.sha256(repr((prefixes.made_on, pictures)).encode()).digest()
         self.policy, self.branches = policy, branches
         self.course: Course | None = None  # None before the first call
         self.step = -1  # of the last call
-        self.given = False  # whether the step is known, and so all steps up to where the run can be taken up
-        self.known: Iterator[Any] = iter(())  # its outputs, call by call
+        self.known: dict[bytes, bytes] = {}  # what others made of this run
+        self.given: Iterator[Any] | None = None  # the outputs of a step that is known, call by call
         self.made: dict[int, list[Any]] = {}  # what was computed, by step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tick = clock.read(self.pipe.scheduler)
         if tick.step != self.step:
             self._enter(tick)
-        if self.given:
+        if self.given is not None:
             device = self.pipe._execution_device
-            return tree_map_only(torch.Tensor, lambda t: t.to(device, copy=True), next(self.known))
+            return tree_map_only(torch.Tensor, lambda t: t.to(device), next(self.given))
         output = self.compute(*args, **kwargs)
         self.made[self.step].append(tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), output))
         return output
 
     def _enter(self, tick: clock.Tick) -> None:
-        self.course = self.course or course(self.policy, tick.num_steps, tick.step, self.branches)
         self.step = tick.step
-        if self.step in self.course.spans:
-            span = range(self.step, self.course.spans[self.step])
-            self.given = all(self.prefixes.known(self._key(step)) for step in span)
-        if self.given:
-            self.known = iter(self.prefixes.recall(self._key(self.step)))
-        else:
+        if self.course is None:
+            self.course = course(self.policy, tick.num_steps, tick.step, self.branches)
+            spans = [[self._key(step) for step in range(*span)] for span in self.course.spans.items()]
+            self.known = self.prefixes.outputs.recall(spans)
+        known = self.known.get(self._key(self.step))
+        self.given = None if known is None else iter(pickle.loads(known))
+        if known is None:
             self.made[self.step] = []
         self.prefixes.steps += 1
-        self.prefixes.given += self.given
+        self.prefixes.given += known is not None
 
-    def _key(self, step: int) -> Key:
+    def _key(self, step: int) -> bytes:
+        """Of the pictures, and of what the run did up to a step, that included."""
         assert self.course is not None
-        return self.pictures, self.course.digests[step]
+        return hashlib.sha256(self.pictures + self.course.digests[step]).digest()
 
     def end(self) -> None:
         """The run went well: what it computed may be given to others."""
-        for step, outputs in self.made.items():
+        if self.made:
             assert self.course is not None
-            if not self.prefixes.known(self._key(step)):  # of a span of which another step was missing
-                self.prefixes.keep(self._key(step), outputs, plain=step < self.course.plain)
-
-
-def _bytes(outputs: list[Any]) -> int:
-    return sum(leaf.nbytes for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
+            plain = {self._key(step) for step in self.made if step < self.course.plain}
+            made = {self._key(step): pickle.dumps(outputs) for step, outputs in self.made.items()}
+            self.prefixes.outputs.keep(made, plain, self.prefixes.stage)

@@ -18,6 +18,7 @@ from ..policies.policy import ModelIdentity
 from .candidate import Candidate
 from .config import Config, Generation
 from .generation import Rows, device_name, embed, generate, load, some
+from .outputs import Outputs, SharedOutputs
 from .prefixes import Prefixes
 from .prompts import read_prompts
 from .scoring import Measurement, Pictures, Scorer, held_out_distances, score
@@ -43,7 +44,8 @@ class Description:
 class Worker:
     """Holds the pipeline, and per split the prompts and their embeddings, made once."""
 
-    def __init__(self, config: Config, dtype: str | None = None):
+    def __init__(self, config: Config, dtype: str | None = None, outputs: Any = None):
+        """`outputs` is the actor that keeps what runs share, where others share it as well."""
         self.config = config
         self.generation = config.generation  # its batch is halved where memory is short
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,8 +57,8 @@ class Worker:
         self.pipe = load(config.model.path, self.device, getattr(torch, self.dtype))
         self._scorer: Any = self._new_scorer() if config.ray.evaluator_gpus is not None else None
         self._splits: dict[str, tuple[tuple[Prompt, ...], Rows]] = {}
-        self._shared: tuple[str, dict[str, Any] | None] | None = None  # what was drawn last
-        self._prefixes = Prefixes(config.ray.prefix_gib)  # of it
+        kept = SharedOutputs(outputs) if outputs else Outputs(config.ray.prefix_gib)
+        self._prefixes = Prefixes(kept, f"{device_name(self.device)} {self.dtype}")
 
     def _new_scorer(self) -> Any:
         """An actor on the node of this worker, which Ray ends with it."""
@@ -117,9 +119,8 @@ class Worker:
         prompts, rows = self._split(split, self.generation.model_copy(update=sampling))
         part = slice(start, count)
         prompts, rows = prompts[part], some(rows, part)
-        if self._shared != (split, changed):  # other settings make other pictures of the same seeds
-            self._shared, self._prefixes = (split, changed), Prefixes(self.config.ray.prefix_gib)
         prefixes = self._prefixes
+        prefixes.stage = repr((split, changed))
         taken, given = prefixes.steps, prefixes.given
         texts = [p.text for p in prompts]
         pending: list[Any] = []  # scores of the batches, where others are at them
@@ -136,7 +137,8 @@ class Worker:
 
         def draw() -> np.ndarray:
             generation = self.generation.model_copy(update=sampling)
-            return generate(self.pipe, prompts, rows, generation, chosen.policy, prefixes, each)
+            sharing = prefixes if self.config.ray.prefix_gib else None
+            return generate(self.pipe, prompts, rows, generation, chosen.policy, sharing, each)
 
         images = self._fitting(draw)
         made = time.perf_counter()

@@ -29,7 +29,7 @@ def test_every_cache_acts_and_leaves_the_model_as_it_was(bench):
         first, again = (bench.pictures(way, "confirm", 2) for _ in range(2))
         assert not np.array_equal(first, before), way
         assert np.array_equal(first, again), f"{way} remembers its last run"
-        bench._prefixes["confirm"].plain.clear()
+        bench._prefixes["confirm"].outputs.plain.clear()
         assert np.array_equal(bench.pictures(plain, "confirm", 2), before), way
 
 

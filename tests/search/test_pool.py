@@ -50,7 +50,7 @@ class Scorer:
         return {"pid": np.full(1, float(os.getpid()))}
 
 class Worker:
-    def __init__(self, config, dtype=None):
+    def __init__(self, config, dtype=None, outputs=None):
         self.scorer = ray.remote(Scorer).options(num_cpus=0).remote()
 
     def describe(self):

@@ -7,6 +7,7 @@ from blocktune.evaluators import Prompt
 from blocktune.policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from blocktune.search.config import Generation
 from blocktune.search.generation import embed, generate
+from blocktune.search.outputs import Outputs
 from blocktune.search.prefixes import Prefixes
 from diffusers import FlowMatchHeunDiscreteScheduler
 from hypothesis import given, settings
@@ -58,7 +59,7 @@ def check(make, prefixes, rules=(), **kwargs):
 
 
 def test_a_policy_begins_where_it_first_acts(maker):
-    prefixes = Prefixes(GENEROUS)
+    prefixes = Prefixes(Outputs(GENEROUS))
     assert check(maker, prefixes) == 0
     assert check(maker, prefixes) == 1
     assert check(maker, prefixes, [late(Skip(), 0.5)]) == 4 / 8
@@ -71,7 +72,7 @@ def test_a_policy_begins_where_it_first_acts(maker):
 
 
 def test_guidance_in_a_part_of_the_run_is_shared_up_to_its_end(maker):
-    prefixes = Prefixes(GENEROUS)
+    prefixes = Prefixes(Outputs(GENEROUS))
     check(maker, prefixes)
     reuse = [late(Reuse(), 0.25)]  # from step 2, a residual of step 1
     assert check(maker, prefixes, window=(0.0, 0.5)) == 4 / 8
@@ -82,7 +83,7 @@ def test_guidance_in_a_part_of_the_run_is_shared_up_to_its_end(maker):
 
 
 def test_another_guidance_shares_nothing(maker):
-    prefixes = Prefixes(GENEROUS)
+    prefixes = Prefixes(Outputs(GENEROUS))
     skip = [late(Skip(), 0.5)]
     for guidance in (4.0, 6.0):
         assert check(maker, prefixes, guidance=guidance) == 0
@@ -93,7 +94,7 @@ def test_another_guidance_shares_nothing(maker):
 
 
 def test_two_policies_share_what_they_both_do(maker):
-    prefixes = Prefixes(GENEROUS)
+    prefixes = Prefixes(Outputs(GENEROUS))
     louder = Rule(blocks=[0], action=ScaleText(operand="value", scale=1.5))
     check(maker, prefixes, [louder, late(Skip(), 0.75)])
     assert check(maker, prefixes, [louder, late(Skip(), 0.5)]) == 4 / 8
@@ -104,7 +105,7 @@ def test_two_policies_share_what_they_both_do(maker):
 
 def test_reuse_is_taken_up_only_where_nothing_is_held(maker):
     """Residuals of block 1 are held over steps 3, of every 3: the two policies part while they are."""
-    prefixes = Prefixes(GENEROUS)
+    prefixes = Prefixes(Outputs(GENEROUS))
     check(maker, prefixes, [late(Reuse(every=3), 0.25)])
     both = [late(Reuse(every=3), 0.25), late(Skip(), 0.5, block=2)]
     assert (
@@ -126,10 +127,10 @@ rules = st.builds(
     gib=st.sampled_from([GENEROUS, 20_000 / 2**30, 0.0]),
 )
 def test_any_order_of_policies_in_any_memory(maker, policies, gib):
-    prefixes = Prefixes(gib)
+    prefixes = Prefixes(Outputs(gib))
     for one in policies:
         check(maker, prefixes, one)
-        assert 0 <= prefixes.room <= prefixes.size
+        assert 0 <= prefixes.outputs.room <= prefixes.outputs.size
     assert gib or not prefixes.given
 
 
@@ -139,7 +140,7 @@ def test_a_scheduler_that_remembers(maker):
     before = maker.pipe.scheduler
     maker.pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(before.config)
     try:
-        prefixes = Prefixes(GENEROUS)
+        prefixes = Prefixes(Outputs(GENEROUS))
         check(maker, prefixes)
         assert check(maker, prefixes, [late(Skip(), 0.5)]) > 0.4
     finally:
@@ -147,7 +148,7 @@ def test_a_scheduler_that_remembers(maker):
 
 
 def test_a_run_that_fails_leaves_nothing(maker):
-    prefixes = Prefixes(GENEROUS)
+    prefixes = Prefixes(Outputs(GENEROUS))
     torch_forward = maker.pipe.transformer.forward
     calls = []
 
@@ -164,5 +165,5 @@ def test_a_run_that_fails_leaves_nothing(maker):
     finally:
         del maker.pipe.transformer.forward
     assert maker.pipe.transformer._compiled_call_impl is None
-    assert not prefixes.plain
+    assert not prefixes.outputs.plain
     assert check(maker, prefixes) == 0

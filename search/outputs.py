@@ -1,0 +1,70 @@
+"""What a transformer returned, kept for runs that begin alike; in an actor of its own, for all workers of a search.
+
+Knows only keys and bytes, and imports nothing heavy.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+
+class Outputs:
+    """At most `gib` of main memory.
+
+    Those of the unmodified model stay once they are in, while the stage of the search lasts: most candidates begin so,
+    and of what is met in turn, batch after batch, replacing the oldest would throw out each just before it is wanted.
+    All others leave when room is needed, the longest unused first.
+    """
+
+    def __init__(self, gib: float) -> None:
+        self.size = self.room = int(gib * 2**30)  # bytes, and those left
+        self.plain: dict[bytes, bytes] = {}
+        self.own: OrderedDict[bytes, bytes] = OrderedDict()
+        self.stage = ""
+
+    def recall(self, spans: Sequence[Sequence[bytes]]) -> dict[bytes, bytes]:
+        """What is kept under the keys of those spans of which nothing is missing."""
+        found = {}
+        for span in spans:
+            if all(key in self.plain or key in self.own for key in span):
+                found |= {key: self._used(key) for key in span}
+        return found
+
+    def _used(self, key: bytes) -> bytes:
+        if key in self.plain:
+            return self.plain[key]
+        self.own.move_to_end(key)
+        return self.own[key]
+
+    def keep(self, outputs: Mapping[bytes, bytes], plain: Collection[bytes], stage: str) -> None:
+        """Takes in what there is room for, or room can be made; `plain` are keys of the unmodified model's."""
+        if stage != self.stage:
+            self.stage, self.own = stage, OrderedDict(self.plain | self.own)
+            self.plain = {}
+        for key, value in outputs.items():
+            if key in self.plain or key in self.own:
+                continue
+            while self.room < len(value) <= self.size and self.own:
+                self.room += len(self.own.popitem(last=False)[1])
+            if self.room >= len(value):
+                self.room -= len(value)
+                (self.plain if key in plain else self.own)[key] = value
+
+
+class SharedOutputs:
+    """Those of an actor. Where that died nothing is known, and runs are computed as ever."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def recall(self, spans: Sequence[Sequence[bytes]]) -> dict[bytes, bytes]:
+        try:
+            return ray.get(self._actor.recall.remote(spans))
+        except RayError:
+            return {}
+
+    def keep(self, outputs: Mapping[bytes, bytes], plain: Collection[bytes], stage: str) -> None:
+        self._actor.keep.remote(outputs, plain, stage)
