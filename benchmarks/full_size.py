@@ -22,7 +22,7 @@ import blocktune.search.worker
 import optuna
 import pandas as pd
 import torch
-from blocktune.search.config import Config, load_config
+from blocktune.search.config import load_config
 from blocktune.search.estimate import estimate, read_cost_table
 from blocktune.search.launch import launch
 from blocktune.search.run_directory import RunDirectory
@@ -155,9 +155,9 @@ class RandomWeights(Noting):
     example: str
     tiny: bool
 
-    def __init__(self, config: Config, dtype: str | None = None):
+    def __init__(self, *args: Any):
         blocktune.search.worker.load = lambda path, device, kind: build(self.example, self.tiny, device, kind)
-        super().__init__(config, dtype)
+        super().__init__(*args)
 
 
 def measure(example: str, tiny: bool, trials: int) -> dict[str, Any]:
