@@ -5,11 +5,11 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from .policy_commands import evaluate, generate, verify
+from .policy_commands import evaluate, fail, generate, verify
 
 app = typer.Typer(
     help="Finds what each block of a diffusion transformer should do at each step of a run.",
@@ -118,12 +118,12 @@ def _guarded(path: Path, again: str, action: Callable[[], Any]) -> Any:
     except OSError as error:
         if error.errno is None:
             raise
-        _fail(f"{path} cannot be written: {error.strerror}; what finished is saved, {go_on}", 1)
+        fail(f"{path} cannot be written: {error.strerror}; what finished is saved, {go_on}")
     except StorageInternalError as error:
         cause = str(getattr(error.__cause__, "orig", None) or error)
-        _fail(f"the study cannot be stored: {cause}; what finished is saved, {go_on}", 1)
+        fail(f"the study cannot be stored: {cause}; what finished is saved, {go_on}")
     except JobFailed as error:
-        _fail(f"{error}; what finished is saved, {go_on}", 1)
+        fail(f"{error}; what finished is saved, {go_on}")
 
 
 def _tell(run) -> None:
@@ -281,11 +281,6 @@ def env() -> None:
         typer.echo(f"{name} {version(name)}")
     typer.echo(f"python {platform.python_version()} on {platform.platform()}")
     typer.echo(f"GPU {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
-
-
-def _fail(sentence: str, code: int) -> NoReturn:
-    typer.echo(f"blocktune: {sentence}", err=True)
-    raise typer.Exit(code)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,6 +14,12 @@ ModelOption = Annotated[str, typer.Option(help="pipeline folder or hub id")]
 PromptsOption = Annotated[
     str, typer.Option(help="`test`, `confirm`, `search` of the reference model, or what prompts.search accepts")
 ]
+
+
+def fail(sentence: str) -> NoReturn:
+    """End a command that met a fault: one sentence, exit 1."""
+    typer.echo(f"blocktune: {sentence}", err=True)
+    raise typer.Exit(1)
 
 
 def _policy(source: str, mlflow_uri: str | None):
@@ -153,8 +159,7 @@ def verify(
     try:
         result = measured(loaded, pipe, chosen, under, unmodified, wanted, tolerance, Display().say)
     except BrokenPicture as error:
-        typer.echo(f"blocktune: {loaded.name} does not hold: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail(f"{loaded.name} does not hold: {error}")
     typer.echo(json.dumps(result.to_dict(), indent=2) if json_ else "\n".join(result.lines))
     if result.holds is False:
         raise typer.Exit(1)

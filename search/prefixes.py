@@ -147,6 +147,7 @@ class _Run:
         """The run went well: what it computed may be given to others."""
         if self.made:
             assert self.course is not None
-            plain = {self._key(step) for step in self.made if step < self.course.plain}
-            made = {self._key(step): pickle.dumps(outputs) for step, outputs in self.made.items()}
+            keys = {step: self._key(step) for step in self.made}
+            made = {keys[step]: pickle.dumps(outputs) for step, outputs in self.made.items()}
+            plain = {key for step, key in keys.items() if step < self.course.plain}
             self.prefixes.outputs.keep(made, plain, self.prefixes.stage)

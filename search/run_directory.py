@@ -44,7 +44,7 @@ class RunDirectory:
             for folder in (run.scores, run.policies, run.images):
                 folder.mkdir(parents=True, exist_ok=True)
             if resume:
-                before = Config.model_validate(yaml.safe_load(run.config.read_text("utf-8")))
+                before = run.load_config()
                 for section, value in config.searched().items():
                     if before.searched()[section] != value:
                         raise ConfigError(
