@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .distances import cmmd, fid
     from .footprint import count_flops, peak_memory
     from .inception import load_inception
-    from .latency import CostTable, Latency, measure_cost_table, time_pipeline, time_runs
+    from .latency import CostTable, Latency, measure_cost_table, speedup, time_pipeline, time_runs
 
 __all__ = [
     "CheckpointError",
@@ -56,6 +56,7 @@ __all__ = [
     "read_prompt_set",
     "register",
     "scale_of",
+    "speedup",
     "time_pipeline",
     "time_runs",
 ]
@@ -72,6 +73,7 @@ _LATE = {
     "load_inception": "inception",
     "measure_cost_table": "latency",
     "peak_memory": "footprint",
+    "speedup": "latency",
     "time_pipeline": "latency",
     "time_runs": "latency",
 }

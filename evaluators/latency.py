@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,15 @@ def time_pipeline(pipe: Any, run: Callable[[], Any], repeats: int = 5, warmup: i
     return Latency(statistics.median(pipeline), statistics.median(inside))
 
 
+def speedup(before: Sequence[float], after: Sequence[float]) -> float:
+    """How many times faster: the median over turns of the ratio of two times taken in the same turn, in seconds.
+
+    A machine that is slow for a while, as a shared one is, slows both alike; the medians of each may be of different
+    whiles. Raises ValueError where one has more turns than the other.
+    """
+    return statistics.median(b / a for b, a in zip(before, after, strict=True))
+
+
 def _timed(run: Callable[[], Any], repeats: int, warmup: int) -> list[float]:
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; accepted: 1 or more")
@@ -198,7 +208,8 @@ def measure_cost_table(
 
     `call` makes one whole generation with fixed prompts and steps and returns the pipeline's output, or its images.
     For each of `operands`, but for `input`, which is free, one run more with text scaled in every block. With
-    `unguided` one more without guidance, if that is one call of both halves.
+    `unguided` one more without guidance, if that is one call of both halves. Each of these is held against the run just
+    before it, for a machine may be slower for a while.
     Forward hooks time the blocks and the transformer and are gone afterwards. The device should do nothing else.
     Raises ValueError for a compiled transformer, for any device but CPU and CUDA, when a block does not run once in
     each step, and when runs differ in their number of steps.
@@ -215,13 +226,17 @@ def measure_cost_table(
         raise ValueError(f"device is {hidden.device}; accepted: cpu or cuda, where time can be read")
     cuda = hidden.device.type == "cuda"
     with torch.cuda.device(hidden.device) if cuda else nullcontext():
-        runs = [_time_run(pipe.transformer, blocks, call, cuda) for _ in range(repeats)]
-        reuse = _time_reuse(outputs, repeats)
-        scaled = {o: _time_scaled(pipe, blocks, call, cuda, o) for o in operands if o != "input"}
+        timed = partial(_time_run, pipe.transformer, blocks, call, cuda)
+        costly: list[Operand] = [o for o in operands if o != "input"]
+        runs: list[_Run] = []
+        scaling: dict[str, tuple[float, ...]] = {}
+        for turn in range(repeats):
+            runs.append(timed())
+            for operand in costly[turn::repeats]:
+                scaling[operand] = _scaling(pipe, operand, runs[-1], timed)
         halves = unguided and architecture.guidance == "batched" and hidden.shape[0] == 2 * images.shape[0]
-        remains = (
-            _unguided_share(pipe, runs, lambda: _time_run(pipe.transformer, blocks, call, cuda)) if halves else 1.0
-        )
+        remains = _unguided_share(pipe, runs[-1], timed) if halves else 1.0
+        reuse = _time_reuse(outputs, repeats)
     steps = {run.steps for run in runs}
     if len(steps) != 1:
         raise ValueError(f"call ran {sorted(steps)} steps in different repeats; accepted: the same number every time")
@@ -229,7 +244,6 @@ def measure_cost_table(
     run_seconds = statistics.median(run.seconds for run in runs)
     loop = statistics.median(run.loop for run in runs)
     compute = [statistics.median(s for run in runs for s in run.blocks[b]) for b in range(len(blocks))]
-    scaling = {o: tuple(max(0.0, s - c) for s, c in zip(of, compute, strict=True)) for o, of in scaled.items()}
     # noise can lift the sum of medians over the median loop: the blocks then are all there is to a step
     fit = min(1.0, loop / count / sum(compute))
     compute = [seconds * fit for seconds in compute]
@@ -336,25 +350,24 @@ def _time_run(transformer: torch.nn.Module, blocks: list[torch.nn.Module], call:
     )
 
 
-def _time_scaled(
-    pipe: Any, blocks: list[torch.nn.Module], call: Callable[[], Any], cuda: bool, operand: Operand
-) -> list[float]:
-    """Seconds of each block's forward in a run with text scaled there, medians over its steps."""
+def _scaling(pipe: Any, operand: Operand, plain: _Run, timed: Callable[[], _Run]) -> tuple[float, ...]:
+    """Seconds that scaled text adds to each block's forward, medians over the steps of a run and of the `plain` one."""
     louder = ScaleText(operand=operand, scale=1.1)
-    policy = BlockPolicy.for_model(pipe, f"{operand} scaled", [Rule(blocks=tuple(range(len(blocks))), action=louder)])
+    everywhere = Rule(blocks=tuple(range(len(plain.blocks))), action=louder)
+    policy = BlockPolicy.for_model(pipe, f"{operand} scaled", [everywhere])
     with apply_policy(pipe, policy):
-        run = _time_run(pipe.transformer, blocks, call, cuda)
-    return [statistics.median(seconds) for seconds in run.blocks]
+        scaled = timed()
+    pairs = zip(scaled.blocks, plain.blocks, strict=True)
+    return tuple(max(0.0, statistics.median(after) - statistics.median(before)) for after, before in pairs)
 
 
-def _unguided_share(pipe: Any, guided: Sequence[_Run], time_run: Callable[[], _Run]) -> float:
-    """What a run in which guidance acts at the first step alone takes afterwards, as a share of guided runs."""
-    later, steps = statistics.median(run.later for run in guided), guided[0].steps
-    if later == 0:
+def _unguided_share(pipe: Any, guided: _Run, timed: Callable[[], _Run]) -> float:
+    """What a run in which guidance acts at the first step alone takes afterwards, as a share of a guided run."""
+    if guided.later == 0:
         return 1.0
-    policy = BlockPolicy.for_model(pipe, "unguided", [], guidance_window=(0.0, 0.5 / steps))
+    policy = BlockPolicy.for_model(pipe, "unguided", [], guidance_window=(0.0, 0.5 / guided.steps))
     with apply_policy(pipe, policy):
-        return min(1.0, time_run().later / later)
+        return min(1.0, timed().later / guided.later)
 
 
 def _time_reuse(outputs: list[tuple[_Output, ...]], repeats: int) -> list[float]:

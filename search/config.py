@@ -197,7 +197,10 @@ class Confirm(_Section):
         "`weights-inception-2015-12-05-6726825d.pth`, by which the report tells the FID of these sets as well; needs "
         "`blocktune[fid]`, and some thousand pictures to be compared with published ones",
     )
-    repeats: PositiveInt = Field(default=3, description="timed generations per candidate")
+    repeats: PositiveInt = Field(
+        default=3,
+        description="timed generations per candidate, in turn with the unmodified model; the median of ratios counts",
+    )
     neighbours: NonNegativeInt = Field(
         default=0, description="so many neighbours in the space of each pick are measured on the search prompts"
     )

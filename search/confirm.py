@@ -2,9 +2,20 @@
 
 import json
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
-from ..evaluators import Interval, get, holm, mcnemar, paired_bootstrap, paired_interval, paired_t_test, scale_of
+from ..evaluators import (
+    Interval,
+    get,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    paired_interval,
+    paired_t_test,
+    scale_of,
+    speedup,
+)
 from ..policies import BlockPolicy
 from .candidate import Candidate
 from .config import Objectives
@@ -60,7 +71,7 @@ def confirm(study: Study) -> list[Confirmed]:
 
     study.display.say("timing the candidates on a quiet device")
     (job,) = pool.run([Job("time", ([unmodified, *(candidates[p.key] for p in chosen)], config.confirm.repeats))])
-    base, *timed = job.result
+    (whole, inside), *timed = [([t.pipeline for t in of], [t.transformer for t in of]) for of in job.result]
 
     before = run.read_scores("confirm-unmodified")
     scored = {p.key: run.read_scores(held_out_name(p)) for p in chosen}
@@ -77,15 +88,15 @@ def confirm(study: Study) -> list[Confirmed]:
             alignment=interval(p, config.objectives.alignment),
             quality=interval(p, config.objectives.quality),
             reported={name: interval(p, name) for name in config.objectives.reported},
-            seconds=told.pipeline, speedup=base.pipeline / told.pipeline,
-            transformer_seconds=told.transformer, transformer_speedup=base.transformer / told.transformer,
+            seconds=median(seconds), speedup=speedup(whole, seconds),
+            transformer_seconds=median(part), transformer_speedup=speedup(inside, part),
             predicted_speedup=study.baseline.latency / p.latency,
             guidance_scale=p.guidance_scale,
             bootstrap=interval(p, config.objectives.alignment, paired_bootstrap),
             p_values=adjusted,
             **{name: scored[p.key].attrs.get(name) for name in ("cmmd", "fid")},
         )
-        for p, told, adjusted in zip(chosen, timed, p_values, strict=True)
+        for p, (seconds, part), adjusted in zip(chosen, timed, p_values, strict=True)
     ]  # fmt: skip
     picks = pick(confirmed, config.confirm.margin, config.confirm.quality_margin)
     for name, member in picks.items():
@@ -104,7 +115,7 @@ def confirm(study: Study) -> list[Confirmed]:
     named_files = {slug(c.name): c for c in confirmed if c.rules} | picks
     for name, member in named_files.items():
         _file(study, name, member, candidates[member.key], len(confirmed)).save(run.policies / f"{name}.json")
-    baseline = {"seconds": base.pipeline, "transformer_seconds": base.transformer}
+    baseline = {"seconds": median(whole), "transformer_seconds": median(inside)}
     baseline |= {"hypervolume": hypervolume(study.tally.front, study.baseline)}
     record = {
         "baseline": baseline,

@@ -68,7 +68,7 @@ class Confirmed:
     quality: Interval
     reported: dict[str, Interval]
     seconds: float  # measured, per batch
-    speedup: float  # unmodified over this, measured in the same turn
+    speedup: float  # unmodified over this, in the same turn; the median over turns
     predicted_speedup: float
     picks: list[str] = field(default_factory=list)
     neighbours: dict[str, float] = field(default_factory=dict)  # how many, and what the worst lost of each score

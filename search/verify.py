@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, FiniteFloat, PositiveFloat
 
-from ..evaluators import Interval, Prompt, get, names, paired_interval, scale_of, time_runs
+from ..evaluators import Interval, Prompt, get, names, paired_interval, scale_of, speedup, time_runs
 from ..policies import BlockPolicy, Report, apply_policy
 from .config import ConfigError, Generation, parsed
 from .front import beside_steps
@@ -205,7 +205,7 @@ def verify(
 
     figures: list[SpeedUp | Score] = []
     if claimed is not None:
-        figures.append(SpeedUp(claimed, unmodified_seconds / seconds, tolerance))
+        figures.append(SpeedUp(claimed, speedup(*zip(*turns, strict=True)), tolerance))
     for name, scorer in scorers.items():
         scores = (scorer.score(images, texts, before) for images in (after, before))
         figures.append(

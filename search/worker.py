@@ -5,7 +5,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
@@ -179,11 +178,11 @@ class Worker:
             lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands, unguided=unguided)
         )
 
-    def time(self, candidates: list[Candidate], repeats: int) -> list[Latency]:
-        """Measured seconds of one batch of each, medians, taken in turn so that drift hits all alike."""
+    def time(self, candidates: list[Candidate], repeats: int) -> list[list[Latency]]:
+        """Measured seconds of one batch of each, in `repeats` turns: each turn has all of them, one after another."""
         return self._fitting(lambda: self._time(candidates, repeats))  # all of them at one batch
 
-    def _time(self, candidates: list[Candidate], repeats: int) -> list[Latency]:
+    def _time(self, candidates: list[Candidate], repeats: int) -> list[list[Latency]]:
         prompts, rows = self._batch("confirm")
         turns: list[list[Latency]] = [[] for _ in candidates]
         for repeat in range(repeats):
@@ -191,4 +190,4 @@ class Worker:
                 told = self.generation.model_copy(update=one.sampling)
                 run = lambda c=one, g=told: generate(self.pipe, prompts, rows, g, c.policy)  # noqa: E731
                 turns[i].append(time_pipeline(self.pipe, run, repeats=1, warmup=int(repeat == i == 0)))
-        return [Latency(median(t.pipeline for t in of), median(t.transformer for t in of)) for of in turns]
+        return turns

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from blocktune.evaluators import CostTable, measure_cost_table, time_pipeline, time_runs
+from blocktune.evaluators import CostTable, measure_cost_table, speedup, time_pipeline, time_runs
 from blocktune.policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from blocktune.policies.architectures import ARCHITECTURES, Architecture, Blocks
 from blocktune.policies.attention import ScaledAttention
 from blocktune.policies.plan import Plan
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ..policies.pipelines import qwen_image_pipeline
@@ -260,6 +262,18 @@ def test_time_runs(clock):
         time_runs(run, repeats=0)
 
 
+@given(st.floats(0.1, 10), st.lists(st.floats(0.5, 20), min_size=1, max_size=9))
+def test_a_speedup_does_not_depend_on_how_slow_the_machine_is_in_a_turn(ratio, slowness):
+    after = [0.1 * slow for slow in slowness]
+    assert speedup([ratio * seconds for seconds in after], after) == pytest.approx(ratio)
+
+
+def test_a_turn_amid_which_the_machine_slows_does_not_decide_a_speedup():
+    assert speedup([1.0, 1.0, 3.0], [0.5, 1.5, 1.5]) == pytest.approx(2)  # the medians alone say 1.0 to 1.5
+    with pytest.raises(ValueError, match="zip"):
+        speedup([1.0, 2.0], [1.0])
+
+
 def sleeping(steps: int = 3) -> tuple[SimpleNamespace, Callable[[], SimpleNamespace]]:
     """A pipeline of steps of 44 ms in the transformer and 5 outside, and 20 before them."""
     model = Sleepers(0.01, 0.03)
@@ -381,6 +395,21 @@ def test_the_cost_of_scaled_text_is_measured_in_every_block(pipe, clock, monkeyp
     assert table.block_compute == pytest.approx([0.01] * BLOCKS)
     assert table.block_scaled["value"] == pytest.approx([0.03] * BLOCKS)
     assert not any(hasattr(block, "stands_in_for") for block in pipe.transformer.transformer_blocks)
+
+
+def test_what_scaled_text_costs_does_not_hang_on_when_the_machine_slows(pipe, clock, monkeypatch):
+    """It takes three times as long from the fourth run on, after the untimed one, one as it is, and one scaled."""
+    attend, runs = ScaledAttention.attend, []
+    slow = lambda: 3 if len(runs) > 3 else 1  # noqa: E731
+    monkeypatch.setattr(ScaledAttention, "attend", lambda *a, **k: (time.sleep(0.03 * slow()), attend(*a, **k))[1])
+    with ExitStack() as hooks:
+        for block in pipe.transformer.transformer_blocks:
+            hooks.enter_context(block.attn.register_forward_hook(lambda *_: time.sleep(0.01 * slow())))
+        call = lambda: (runs.append(1), generate(pipe))[1]  # noqa: E731
+        table = measure_cost_table(pipe, call, repeats=2, operands=("value", "logit", "key"))
+    assert list(table.block_scaled) == ["value", "key", "logit"]
+    assert table.block_scaled["value"] == pytest.approx([0.03] * BLOCKS)
+    assert table.block_scaled["logit"] == pytest.approx([0.09] * BLOCKS)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

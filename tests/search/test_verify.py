@@ -48,7 +48,8 @@ def test_what_was_measured_here_holds_here_and_more_than_that_does_not(verify: V
     first = json.loads(out)
     assert (code, first["holds"]) == (0, True)
     assert [figure["name"] for figure in first["figures"]] == ["speed-up", "crispness", "psnr"]
-    assert first["figures"][0]["measured"] == pytest.approx(first["unmodified_seconds"] / first["seconds"])
+    # the median of ratios, turn by turn, beside the ratio of medians
+    assert first["figures"][0]["measured"] == pytest.approx(first["unmodified_seconds"] / first["seconds"], rel=0.25)
     assert first["block_calls"] == {"computed": 24, "skipped": 0, "reused": 24, "scaled": 0}
     assert (first["images"], first["batch"], first["steps"], first["unmodified_steps"]) == (3, 3, STEPS, STEPS)
 
