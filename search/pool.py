@@ -106,17 +106,21 @@ class Pool:
         kept = self.config.ray.prefix_gib
         # begun anew, empty, where it dies: what it held is computed again
         self._outputs = ray.remote(Outputs).options(num_cpus=0, max_restarts=-1).remote(kept) if kept else None
+        # CPUs whose faster dtype is still to be found time both of them, with nothing beside
+        alone = dtype is None and self.config.model.dtype == "auto" and not self.gpus
         began = time.monotonic()
-        first = self._actor.remote(self.config, dtype, self._outputs)
-        self.description: Description = self._described(first)  # settles the dtype for all
+        self._workers = [self._begin(dtype) for _ in range(1 if alone else count)]  # by number; replaced in their place
+        self.description: Description = self._described(self._workers[0])
         self._starting = time.monotonic() - began  # seconds
-        rest = [self._actor.remote(self.config, self.description.dtype, self._outputs) for _ in range(count - 1)]
-        self.nodes = [self.description.node] + [self._described(worker).node for worker in rest]
-        self._workers = [first, *rest]  # by number; one that dies is replaced in its place
+        self._workers += [self._begin(self.description.dtype) for _ in range(count - len(self._workers))]
+        self.nodes = [self._described(worker).node for worker in self._workers]
         self._idle = list(self._workers)
         self._waiting: list[Job] = []  # for a worker; none while one is idle
         self._work: dict[Any, _Work] = {}  # by what Ray gives when it is done, oldest first
-        self._new: set[Any] = {first, *rest}  # those that still load, the pipeline or their evaluators
+        self._new: set[Any] = set(self._workers)  # those that still load, the pipeline or their evaluators
+
+    def _begin(self, dtype: str | None) -> Any:
+        return self._actor.remote(self.config, dtype, self._outputs)
 
     @staticmethod
     def _described(worker: Any) -> Description:
@@ -218,7 +222,7 @@ class Pool:
         # a new actor, not Ray's restart: calls to one that restarts fail at once instead of waiting for it
         ray.kill(worker)
         self._new.discard(worker)
-        fresh = self._actor.remote(self.config, self.description.dtype, self._outputs)
+        fresh = self._begin(self.description.dtype)
         self._workers[job.worker] = fresh
         self._new.add(fresh)
         self._idle = [fresh, *(idle for idle in self._idle if idle is not worker)]
