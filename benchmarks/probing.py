@@ -42,7 +42,8 @@ def main() -> None:
     tables = {}
     with tempfile.TemporaryDirectory() as place:
         for name, group in (("full", 1), ("coarse", Probe().group)):
-            overrides = [*args.overrides, f"probe.images={args.images}", f"probe.group={group}", "probe.random_sets=0"]
+            pictures_of = [f"probe.images={args.images}", f"prompts.search_images={args.images}"]
+            overrides = [*args.overrides, *pictures_of, f"probe.group={group}", "probe.random_sets=0"]
             run = launch_probe(load_config(None, overrides), Path(place) / name)
             tables[name] = pd.read_parquet(run.path / "probe.parquet")
         config, on = run.load_config(), run.read_state()

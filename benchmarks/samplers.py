@@ -41,7 +41,7 @@ class Size:
     overrides: tuple[str, ...] = ()
 
 
-SIZES = {"full": Size(50, 48, 5), "tiny": Size(9, 2, 2, ("generation.num_inference_steps=5",))}
+SIZES = {"full": Size(100, 96, 5), "tiny": Size(9, 2, 2, ("generation.num_inference_steps=5",))}
 
 
 def curve(bench: Workbench, sampler: str, seed: int, size: Size) -> list[tuple[int, float]]:
