@@ -1,20 +1,19 @@
-"""What probing coarse to fine spares and what it misses: python benchmarks/probing.py [--images 96] [--out FOLDER]
+"""What probing coarse to fine spares and what it misses: python benchmarks/probing.py [--images 96] [--run FOLDER]
 
-The bundled model is probed twice, every block on all pictures and coarse to fine, with the same prompts and seeds. Told
-are the share of the pictures and, per effect, how many of the best blocks are the same. Since blocks often differ by
-less than the pictures can tell, also by how many points those found do worse on all pictures than the best do there, on
-average, beside half of the 95 % interval of one block's difference.
+The bundled model is probed coarse to fine, from an eighth of the pictures on, and then every block on all, with the
+same prompts and seeds; in `--run` the probe goes on where it was cut short. Told are the share of the pictures and, per
+effect, how many of the best blocks are the same. Since blocks often differ by less than the pictures can tell, also by
+how many points those found do worse on all pictures than the best do there, on average, beside half of the 95 %
+interval of one block's difference.
 """
 
 import argparse
 import json
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from blocktune.search.config import Probe, load_config
 from blocktune.search.probe import EFFECTS, best_blocks, launch_probe, pictures
 
@@ -37,28 +36,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=Probe().images, help="that count as all pictures of a block")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE of the config")
+    parser.add_argument("--run", type=Path, help="folder of the probe; a temporary one when not given")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of probing.json")
     args = parser.parse_args()
     tables = {}
+    first = {"coarse": max(1, args.images // 8), "full": args.images}
+    counts = [f"probe.images={args.images}", f"prompts.search_images={args.images}", "probe.random_sets=0"]
     with tempfile.TemporaryDirectory() as place:
-        for name, group in (("full", 1), ("coarse", Probe().group)):
-            pictures_of = [f"probe.images={args.images}", f"prompts.search_images={args.images}"]
-            overrides = [*args.overrides, *pictures_of, f"probe.group={group}", "probe.random_sets=0"]
-            run = launch_probe(load_config(None, overrides), Path(place) / name)
+        for name, images in first.items():
+            config = load_config(None, [*args.overrides, *counts, f"probe.first_images={images}"])
+            run = launch_probe(config, args.run or Path(place) / "run")
             tables[name] = pd.read_parquet(run.path / "probe.parquet")
         config, on = run.load_config(), run.read_state()
     rows = [compare(tables["full"], tables["coarse"], e, config.probe.chosen) for e in config.probe.effects]
     blocks = int(tables["full"]["block"].max()) + 1
-    drawn = [pictures(config.probe.model_copy(update={"group": g}), blocks, args.images) for g in (Probe().group, 1)]
-    print(f"{drawn[0]} of {drawn[1]} pictures, {100 * drawn[0] / drawn[1]:.1f} %")
+    drawn = {
+        name: pictures(config.probe.model_copy(update={"first_images": images}), blocks, args.images)
+        for name, images in first.items()
+    }
+    print(f"{drawn['coarse']} of {drawn['full']} pictures, {100 * drawn['coarse'] / drawn['full']:.1f} %")
     for row in rows:
         print(
             f"{row['effect']:<16} best {row['best']}, found {row['found']}: {row['same']} the same, "
             f"{row['points_lost']:.2f} points lost; one block's interval is +-{row['half_interval']:.2f}"
         )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    told = {"device": f"{device}, {on['dtype']}", "torch": torch.__version__, "seed": config.search.seed}
-    told |= {"images": args.images, "drawn": drawn[0], "full": drawn[1], "effects": rows}
+    told = {"device": f"{on['device']}, {on['dtype']}", "versions": on["versions"], "seed": config.search.seed}
+    told |= {"images": args.images, "drawn": drawn["coarse"], "full": drawn["full"], "effects": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "probing.json").write_text(json.dumps(told, indent=2) + "\n")
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as parquet
 
 from .files import RunFiles, Unreadable
 
-COLUMNS = ("block", "effect", "window", "kind", "delta", "low", "high")
+COLUMNS = ("block", "effect", "window", "kind", "delta", "low", "high", "n")
 
 
 def read_probe(files: RunFiles) -> dict[str, list[Any]]:

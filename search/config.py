@@ -130,8 +130,10 @@ class Probe(_Section):
         default=((0.0, 1.0),), description="parts of the run, as [start, end] in fractions"
     )
     scale: float = Field(default=1.5, gt=1, description="how much louder text is under `enhance`")
-    group: PositiveInt = Field(
-        default=3, description="neighbouring blocks tried together first; 1 probes every block on all pictures"
+    first_images: PositiveInt = Field(
+        default=12,
+        description="pictures of every block; the better half goes on to twice as many, and so on; as many as `images` "
+        "probe every block on all",
     )
     chosen: PositiveInt = Field(default=3, description="how many of the best blocks the controls take together")
     random_sets: NonNegativeInt = Field(default=8, description="random sets of as many blocks to compare with")

@@ -86,7 +86,7 @@ def suggested(table: Any, config: Config, num_blocks: int) -> dict[str, dict[str
             points[name] = plain | {"operand": operand} | louder
             gains[name] = float(best.sum())
     if "reuse" in effects and space.reuse_every:
-        # blocks that a coarse probe left out are those that reuse harms most
+        # blocks that the table does not have are taken for those that reuse harms most
         harmless = [effects["reuse"].reindex(blocks).mean() for blocks in groups]
         kept = np.argsort(-np.nan_to_num(harmless, nan=-np.inf), kind="stable")[: (len(groups) + 1) // 2]
         reuse = {f"reuse_{i}": max(space.reuse_every) for i in kept if not np.isnan(harmless[i])}

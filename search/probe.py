@@ -5,14 +5,14 @@ by picture with the unmodified model, for all prompts and for each kind. Control
 block, which must change nothing; and on held-out prompts the best blocks together against random sets of their size and
 against all blocks at the same budget.
 
-Coarse to fine: groups of neighbouring blocks first, then the blocks of the groups that matter most, both on a quarter
-of the pictures; then the best of these blocks on all.
+Coarse to fine, by successive halving (Jamieson and Talwalkar, arXiv 1502.07943): every block on a few pictures, of each
+effect the better half of them on twice as many, and so on, at last the best on all.
 """
 
 import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +22,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import FuncNorm
+from matplotlib.patches import Rectangle
 
 from ..evaluators import get, paired_interval, scale_of
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
@@ -49,9 +52,6 @@ EFFECTS: dict[str, tuple[Callable[[float], Action], int]] = {
     "enhance value": (lambda s: ScaleText(operand="value", scale=s), 1),
     "enhance logit": (lambda s: ScaleText(operand="logit", scale=s), 1),
 }
-FEW = 4  # one in so many pictures is drawn for what only has to be ranked
-KEPT = 3  # one in so many groups goes on
-Blocks: TypeAlias = tuple[int, ...]
 Case: TypeAlias = tuple[str, tuple[float, float]]  # an effect in a window
 
 
@@ -60,7 +60,7 @@ class Part:
     """One change to measure: an effect at some blocks in a window, on the first `images` prompts of a split."""
 
     effect: str
-    blocks: Blocks
+    blocks: tuple[int, ...]
     window: tuple[float, float]
     images: int
     split: str = "search"
@@ -91,36 +91,26 @@ class Probe:
         """
         probe, blocks = self.config.probe, self.model.num_blocks
         self._baseline("search")
-        cases: list[Case] = [(effect, window) for window in probe.windows for effect in probe.effects]
-        singles: list[Blocks] = [(b,) for b in range(blocks)]
-        last = dict.fromkeys(cases, singles)
-        tried: list[Part] = []
         self._tell_cost()
-        if probe.group > 1:
-            groups = [tuple(range(a, min(a + probe.group, blocks))) for a in range(0, blocks, probe.group)]
-            few = _few(self.images)
-            best = self._best("groups of blocks", dict.fromkeys(cases, groups), few, math.ceil(len(groups) / KEPT))
-            inside = {case: [(b,) for group in chosen for b in group] for case, chosen in best.items()}
-            last = self._best("their blocks", inside, few, probe.chosen)
-            tried = _parts(inside, few)
-        parts = _parts(last, self.images)
-        self._run("the best blocks" if tried else "blocks", parts)
-        reached = {(p.effect, p.window, p.blocks) for p in parts}
-        parts += [p for p in tried if (p.effect, p.window, p.blocks) not in reached]
-        table = self._table([p for p in parts if p.effect not in self.refused])
+        ranked: dict[Case, list[int]] = {(e, w): list(range(blocks)) for w in probe.windows for e in probe.effects}
+        furthest: dict[tuple[Case, int], Part] = {}
+        for images, count in rounds(probe, blocks, self.images):
+            parts = {
+                (case, block): Part(case[0], (block,), case[1], images)
+                for case, best in ranked.items()
+                for block in best[:count]
+            }
+            gains = self._run(f"blocks on {images} pictures", list(parts.values()))
+            furthest |= parts
+            ranked = {
+                case: sorted(best[:count], key=lambda block, case=case: -gains[parts[case, block]])
+                for case, best in ranked.items()
+                if case[0] not in self.refused
+            }
+        order = sorted(furthest.items(), key=lambda item: -item[1].images)
+        table = self._table([part for (case, _), part in order if case in ranked])
         self._write(table, "probe.parquet")
         return table
-
-    def _best(self, stage: str, cases: dict[Case, list[Blocks]], images: int, count: int) -> dict[Case, list[Blocks]]:
-        """The `count` best of each case on its first `images` pictures, in their order; without what is refused."""
-        means = self._run(stage, _parts(cases, images))
-        best: dict[Case, list[Blocks]] = {}
-        for case, blocks in cases.items():
-            effect, window = case
-            if effect not in self.refused:
-                gains = {b: EFFECTS[effect][1] * means[Part(effect, b, window, images)] for b in blocks}
-                best[case] = sorted(blocks, key=gains.__getitem__, reverse=True)[:count]
-        return best
 
     def controls(self, table: Table) -> Table:
         """The best blocks of the most helpful louder text together, random sets, and all: on held-out prompts.
@@ -161,7 +151,7 @@ class Probe:
     def _tell_cost(self) -> None:
         probe, blocks = self.config.probe, self.model.num_blocks
         planned = pictures(probe, blocks, self.images)
-        full = pictures(probe.model_copy(update={"group": 1}), blocks, self.images)
+        full = pictures(probe.model_copy(update={"first_images": self.images}), blocks, self.images)
         minutes = planned * self.seconds_per_image / self.pool.size / 60
         share = f", {100 * planned / full:.0f} % of every block on all pictures" if planned < full else ""
         self.display.say(f"probing draws {planned} pictures{share}: about {minutes:.0f} minutes")
@@ -180,45 +170,43 @@ class Probe:
 
     def _name(self, part: Part) -> str:
         policy = part.policy(self.model, self.config.probe.scale)
-        digest = hashlib.sha256(f"{policy.digest}-{part.split}-{part.images}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{policy.digest}-{part.split}".encode()).hexdigest()
         return f"probe-{digest[:16]}"
 
     def _run(self, stage: str, parts: list[Part]) -> dict[Part, float]:
-        """Measure what is missing; the mean difference of alignment per part."""
+        """Measure what is missing; how far each part helps alignment, or needs the text, on average."""
         steps = self.config.generation.num_inference_steps
 
         def keep(job: Job) -> None:
             part, scores = job.tag, job.result.scores
-            if begun := self._begun(part):
-                before = self.run.read_scores(self._name(begun))
+            if (before := self._scores(part)) is not None:
                 scores = {name: np.concatenate([before[name], values]) for name, values in scores.items()}
             self.run.write_scores(self._name(part), self.prompts[part.split][: part.images], scores)
             self.display.advance(f"{part.effect} {list(part.blocks)}")
 
         jobs = []
         for part in parts:
-            if not self._stored(part):
-                one, begun = Candidate(part.policy(self.model, self.config.probe.scale), steps), self._begun(part)
-                start = begun.images if begun else 0
-                jobs.append(Job("measure", (one, part.split, self._reference, part.images, start), part))
+            known = self._scores(part)
+            drawn = 0 if known is None else len(known)
+            if drawn < part.images:
+                one = Candidate(part.policy(self.model, self.config.probe.scale), steps)
+                jobs.append(Job("measure", (one, part.split, self._reference, part.images, drawn), part))
         self.display.stage(stage, len(jobs))
         failed = self.pool.try_all(jobs, keep)
         for job in failed:
             self.refused.setdefault(job.tag.effect, str(job.error))
         for effect, reason in self.refused.items():
             self.display.say(f"{effect} is left out: {reason}")
-        return {p: self._deltas(p, "all")["delta"] for p in parts if p.effect not in self.refused}
+        kept = (p for p in parts if p.effect not in self.refused)
+        return {p: EFFECTS[p.effect][1] * self._deltas(p, "all")["delta"] for p in kept}
 
-    def _stored(self, part: Part) -> bool:
-        return (self.run.scores / f"{self._name(part)}.parquet").exists()
-
-    def _begun(self, part: Part) -> Part | None:
-        """The same change on fewer pictures, where it was ranked by these."""
-        fewer = replace(part, images=_few(self.images))
-        return fewer if fewer.images < part.images and self._stored(fewer) else None
+    def _scores(self, part: Part) -> Table | None:
+        """Those of a change that are known, of the first so many prompts; None where none are."""
+        name = self._name(part)
+        return self.run.read_scores(name) if (self.run.scores / f"{name}.parquet").exists() else None
 
     def _deltas(self, part: Part, kind: str) -> dict[str, Any]:
-        after: Table = self.run.read_scores(self._name(part))
+        after: Table = self.run.read_scores(self._name(part)).iloc[: part.images]
         before = self._before.iloc[: len(after)]
         rows = np.ones(len(after), bool) if kind == "all" else (after["kind"] == kind).to_numpy()
         name = self.config.objectives.alignment
@@ -232,13 +220,13 @@ class Probe:
         return {"delta": told.delta, "low": told.low, "high": told.high, "n": told.n, "psnr": psnr}
 
     def _table(self, parts: list[Part]) -> Table:
-        kinds = ["all", *dict.fromkeys(p.kind for p in self.prompts["search"][: self.images])]
+        prompts = self.prompts["search"]
         rows = [
             {"block": p.blocks[0], "effect": p.effect, "window": f"{p.window[0]:g}-{p.window[1]:g}", "kind": kind}
             | self._deltas(p, kind)
             | {"whole": p.images == self.images}
             for p in parts
-            for kind in kinds
+            for kind in ["all", *dict.fromkeys(prompt.kind for prompt in prompts[: p.images])]
         ]
         return pd.DataFrame(rows)
 
@@ -248,23 +236,22 @@ class Probe:
         beside.replace(self.run.path / name)
 
 
+def rounds(probe: ProbeConfig, num_blocks: int, images: int) -> Iterator[tuple[int, int]]:
+    """Of each round, pictures that a block then has, at last `images`, and how many blocks of an effect get so far."""
+    drawn, blocks, chosen = probe.first_images, num_blocks, min(probe.chosen, num_blocks)
+    while drawn < images:
+        yield drawn, blocks
+        drawn, blocks = 2 * drawn, max(chosen, math.ceil(blocks / 2))
+    yield images, chosen if drawn > probe.first_images else num_blocks
+
+
 def pictures(probe: ProbeConfig, num_blocks: int, images: int) -> int:
-    """How many are drawn of blocks and of their groups, where each part has all of `images` or the few that rank it."""
-    cases = len(probe.effects) * len(probe.windows)
-    if probe.group == 1:
-        return cases * num_blocks * images
-    groups = math.ceil(num_blocks / probe.group)
-    inside = min(math.ceil(groups / KEPT) * probe.group, num_blocks)
-    few = _few(images)
-    return cases * ((groups + inside) * few + min(probe.chosen, inside) * (images - few))
-
-
-def _few(images: int) -> int:
-    return min(images, max(2, math.ceil(images / FEW)))
-
-
-def _parts(cases: dict[Case, list[Blocks]], images: int) -> list[Part]:
-    return [Part(effect, b, window, images) for (effect, window), blocks in cases.items() for b in blocks]
+    """How many are drawn of blocks under all effects."""
+    total = before = 0
+    for drawn, blocks in rounds(probe, num_blocks, images):
+        total += (drawn - before) * blocks
+        before = drawn
+    return total * len(probe.effects) * len(probe.windows)
 
 
 def _window(told: str) -> tuple[float, float]:
@@ -282,7 +269,7 @@ def best_blocks(table: Table, effect: str, count: int) -> list[int]:
 def draw(table: Table, num_blocks: int, path: Path) -> None:
     """A heat map block x effect for each kind of prompt; a dot marks what differs from zero by its interval.
 
-    Blocks that fell out on fewer pictures are shown by these.
+    The area of a cell is its share of the pictures: blocks that fell out early are small, for they are known less well.
     """
     kinds, effects = list(dict.fromkeys(table["kind"])), list(dict.fromkeys(table["effect"]))
     columns = min(3, len(kinds))
@@ -291,17 +278,20 @@ def draw(table: Table, num_blocks: int, path: Path) -> None:
         rows, columns, figsize=(1.4 + columns * (1.2 + 0.28 * num_blocks), 0.6 + rows * (1.0 + 0.3 * len(effects))),
         layout="constrained", squeeze=False, sharex=True, sharey=True,
     )  # fmt: skip
-    limit = 100 * float(np.nanquantile(table["delta"].abs(), 0.98)) or 1.0
-    image = None
+    share = table["n"] / table.groupby("kind")["n"].transform("max")
+    limit = 100 * float(np.nanquantile((table["delta"].abs() * share**0.5), 0.98)) or 1.0
+    # by the root: beside a text that is not heard at all, everything else would look alike
+    root = FuncNorm((lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda y: np.sign(y) * y**2), -limit, limit)
+    colors = ScalarMappable(root, "RdBu")
     for axis, kind in zip(axes.flat, kinds, strict=False):
-        of_kind = table[table["kind"] == kind].groupby(["effect", "block"])[["delta", "low", "high"]].mean()
-        grid = np.full((len(effects), num_blocks), np.nan)
-        for (effect, block), told in of_kind.iterrows():
-            row = effects.index(effect)
-            grid[row, block] = 100 * told["delta"]
+        of_kind = table[table["kind"] == kind].assign(share=share).groupby(["effect", "block"])
+        for (effect, block), told in of_kind[["delta", "low", "high", "share"]].mean().iterrows():
+            row, side = effects.index(effect), told["share"] ** 0.5
+            corner = (block - side / 2, row - side / 2)
+            axis.add_patch(Rectangle(corner, side, side, fc=colors.to_rgba(100 * told["delta"]), ec="white", lw=0.6))
             if told["low"] > 0 or told["high"] < 0:
-                axis.plot(block, row, ".", ms=4, color="#1f2430")
-        image = axis.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+                axis.plot(block, row, ".", ms=4, mfc="white", mec="#1f2430", mew=0.5)
+        axis.set(xlim=(-0.5, num_blocks - 0.5), ylim=(len(effects) - 0.5, -0.5))
         axis.set_title(kind, loc="left", fontsize=10)
         axis.set_yticks(range(len(effects)), effects, fontsize=8)
         axis.set_xticks(range(0, num_blocks, max(1, num_blocks // 12)))
@@ -311,10 +301,9 @@ def draw(table: Table, num_blocks: int, path: Path) -> None:
         axis.set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("block", fontsize=9)
-    if image is not None:
-        bar = figure.colorbar(image, ax=axes, shrink=0.8)
-        bar.set_label("alignment against the unmodified model, points", fontsize=9)
-        bar.outline.set_visible(False)
+    bar = figure.colorbar(colors, ax=axes, shrink=0.8)
+    bar.set_label("alignment against the unmodified model, points, shaded by the root", fontsize=9)
+    bar.outline.set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -330,7 +319,8 @@ def launch_probe(config: Config, path: Path) -> RunDirectory:
         display.say("starting workers")
         pool = Pool(config, run.read_state().get("dtype"))
         try:
-            run.write_json(run.state, run.read_state() | {"dtype": pool.description.dtype})
+            on = {key: getattr(pool.description, key) for key in ("dtype", "device", "versions")}
+            run.write_json(run.state, on | run.read_state())
             display.say(f"{pool.size} on {pool.description.device}, {pool.description.dtype}")
             probe = Probe(config, run, pool, display)
             table = probe.measure()

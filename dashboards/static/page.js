@@ -336,9 +336,10 @@ function grid(rows, columns, width, describe, { gaps = [], axes: [down, across],
   const cells = [];
   for (let r = 0; r < rows; r++)
     for (let c = 0; c < columns; c++) {
-      const { text, classes, t, overlays = [], dot } = describe(r, c);
+      const { text, classes, t, overlays = [], dot, side = 1 } = describe(r, c);
       const box = { x: left + c * w, y: top(r), width: w, height: h };
-      const cell = el("rect", { ...box, class: `cell ${classes}`, role: "img", tabindex: cells.length ? -1 : 0, "aria-label": text, "--t": t });
+      const shown = { x: box.x + (w * (1 - side)) / 2, y: box.y + (h * (1 - side)) / 2, width: w * side, height: h * side };
+      const cell = el("rect", { ...shown, class: `cell ${classes}`, role: "img", tabindex: cells.length ? -1 : 0, "aria-label": text, "--t": t });
       Object.assign(cell, { read: text, at: [r, c] });
       cells.push(cell);
       svg.append(cell, ...overlays.map((name) => el("rect", { ...box, class: "texture", fill: `url(#${CSS.escape(label)}-${name})` })));
@@ -554,7 +555,10 @@ function history(h, width) {
 
 async function probing(width) {
   const p = await answer("api/probe"), windows = new Set(p.window), effect = (i) => p.effect[i] + (windows.size > 1 ? `, ${p.window[i]}` : "");
-  const most = Math.max(...p.delta.map((d) => Math.abs(d ?? 0))) || 1, blocks = Math.max(...p.block) + 1;
+  const pictures = {};
+  p.kind.forEach((kind, i) => (pictures[kind] = Math.max(pictures[kind] ?? 0, p.n[i])));
+  const part = (i) => p.n[i] / pictures[p.kind[i]]; // fewer pictures tell less, and must not be the loudest
+  const most = Math.max(...p.delta.map((d, i) => Math.abs(d ?? 0) * Math.sqrt(part(i)))) || 1, blocks = Math.max(...p.block) + 1;
   const rows = [...new Set(p.block.map((_, i) => effect(i)))], kinds = [...new Set(p.kind)];
   const across = clamp(Math.floor(width / 560), 1, Math.min(3, kinds.length)), column = (width - 44 * (across - 1)) / across;
   const patch = (classes, t) => el("svg", { width: 22, height: 14, "aria-hidden": true }, el("rect", { width: 22, height: 14, class: `cell ${classes}`, "--t": t }));
@@ -564,6 +568,7 @@ async function probing(width) {
       el("span", {}, patch("gain", 0.3), patch("gain", 0.65), patch("gain", 1), "gain"), el("span", {}, patch("loss", 0.3), patch("loss", 0.65), patch("loss", 1), "loss"),
       el("span", {}, `up to ${most.toFixed(0)} points, shaded by the root`),
       el("span", {}, el("svg", { width: 10, height: 14, "aria-hidden": true }, el("circle", { class: "sure", cx: 5, cy: 7, r: 2.4 })), "the 95 % interval leaves out zero"),
+      p.n.some((_, i) => part(i) < 1) && el("span", {}, el("svg", { width: 22, height: 14, "aria-hidden": true }, el("rect", { x: 7, y: 4.5, width: 8, height: 5, class: "cell loss", "--t": 0.65 })), "small: fell out on fewer pictures"),
       el("span", {}, patch("unmeasured"), "not measured")),
     el("div", { class: "maps", "--across": across }, kinds.map((kind) => {
       const at = new Map();
@@ -572,7 +577,8 @@ async function probing(width) {
         const i = at.get(`${rows[r]}/${block}`), d = i === undefined ? null : p.delta[i];
         if (d === null) return { text: `Block ${block}, ${rows[r]}: not measured`, classes: "unmeasured" };
         const ends = p.low[i] === null ? "" : ` [${signed(p.low[i])}, ${signed(p.high[i])}]`;
-        return { text: `Block ${block}, ${rows[r]}: ${signed(d)}${ends} points`, classes: d < 0 ? "loss" : "gain", t: Math.sqrt(Math.abs(d) / most).toFixed(3), dot: p.low[i] > 0 || (p.high[i] !== null && p.high[i] < 0) };
+        const on = part(i) < 1 ? ` on ${p.n[i]} of ${pictures[kind]} pictures` : "";
+        return { text: `Block ${block}, ${rows[r]}: ${signed(d)}${ends} points${on}`, classes: d < 0 ? "loss" : "gain", t: Math.sqrt(Math.min(1, Math.abs(d) / most)).toFixed(3), side: Math.sqrt(part(i)), dot: p.low[i] > 0 || (p.high[i] !== null && p.high[i] < 0) };
       };
       return el("div", {}, el("h3", {}, title(String(kind).replaceAll("_", " "))), grid(rows.length, blocks, column, describe, { axes: ["effect", "block"], label: `probe-${kind}`, names: rows }));
     })));

@@ -127,10 +127,11 @@ def write_run(path: Path, alignment: str = "shapes") -> RunDirectory:
     failed.set_user_attr("reason", "the lamp went out")
     study.tell(failed, state=optuna.trial.TrialState.FAIL)
     probed = [
-        (block, effect, "0 to 1", kind, 0.01 * (block - 2), 0.01 * (block - 2) - 0.015, 0.01 * (block - 2) + 0.015)
+        (block, effect, "0 to 1", kind, 0.01 * (block - 2), 0.01 * (block - 2) - 0.015, 0.01 * (block - 2) + 0.015,
+         2 if block == 4 else 8)
         for kind in ("all", "colors") for effect in ("remove", "enhance value") for block in range(5)
     ]  # fmt: skip
-    columns = ["block", "effect", "window", "kind", "delta", "low", "high"]
+    columns = ["block", "effect", "window", "kind", "delta", "low", "high", "n"]
     pd.DataFrame(probed, columns=columns).to_parquet(path / "probe.parquet")
     run.write_json(run.confirmed, {"level": 0.95, "margin": 0.1, "confirmed": [c.to_dict() for c in confirmed]})
     return run

@@ -222,6 +222,13 @@ def test_the_probe_is_read_by_keyboard(tab: Tab, page: Page) -> None:
     maps.first.locator("rect.cell").first.focus()
     tab.keyboard.press("ArrowDown")
     expect(tab.locator(".readout").first).to_have_text("Block 0, enhance value: −2.0 [−3.5, −0.5] points")
+    tab.keyboard.press("ArrowLeft")
+    for _ in range(4):
+        tab.keyboard.press("ArrowRight")
+    told = "Block 4, enhance value: +2.0 [+0.5, +3.5] points on 2 of 8 pictures"
+    expect(tab.locator(".readout").first).to_have_text(told)
+    sides = maps.first.locator("rect.cell").evaluate_all("cells => cells.map(cell => cell.getBBox().width)")
+    assert sides[4] == pytest.approx(sides[0] / 2)  # a quarter of the pictures, and of the area
 
 
 def test_the_search_tells_workers_and_failures(tab: Tab, page: Page) -> None:

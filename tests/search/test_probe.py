@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -13,15 +14,17 @@ from blocktune.policies import BlockPolicy, Rule, Skip
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Probe, load_config
 from blocktune.search.generation import embed, generate, load
-from blocktune.search.probe import EFFECTS, Part, best_blocks
+from blocktune.search.probe import EFFECTS, Part, best_blocks, pictures, rounds
 from blocktune.search.run_directory import RunDirectory
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 BLOCKS = 12
 SHOWN = ("remove", "disable", "enhance value", "enhance input")
 PROBE = [
-    "--set", "probe.images=3", "--set", "probe.random_sets=2", "--set", "probe.chosen=2",
-    "--set", f"probe.effects={json.dumps(SHOWN)}",
+    "--set", "probe.images=3", "--set", "probe.first_images=1", "--set", "probe.random_sets=2",
+    "--set", "probe.chosen=2", "--set", f"probe.effects={json.dumps(SHOWN)}",
 ]  # fmt: skip
 
 
@@ -35,43 +38,65 @@ def world(new_world):
 @pytest.fixture(scope="module")
 def probed(world):
     """Coarse to fine, and what it printed."""
-    done = world.run("probe", world.config, *PROBE, "--set", "probe.group=3")
+    done = world.run("probe", world.config, *PROBE)
     return world.cwd / "runs" / "tiny", done.stdout
 
 
-def _mean_of_first(run, effect: str, block: int, count: int) -> float:
-    """The mean difference of alignment on the first pictures, from the stored scores."""
+def _means_of_first(run, effect: str, count: int) -> dict[int, float]:
+    """By block the mean difference of alignment on the first pictures, from the stored scores."""
     config = RunDirectory.existing(run).load_config()
     model = ModelIdentity.of(load(config.model.path, "cpu", torch.float32))
-    policy = Part(effect, (block,), (0.0, 1.0), count).policy(model, config.probe.scale)
-    digest = hashlib.sha256(f"{policy.digest}-search-{count}".encode()).hexdigest()
-    tables = [pd.read_parquet(run / "scores" / f"{name}.parquet") for name in (f"probe-{digest[:16]}", "unmodified")]
-    after, before = (table[config.objectives.alignment][:count].mean() for table in tables)
-    return float(after - before)
+    means = {}
+    for block in range(BLOCKS):
+        policy = Part(effect, (block,), (0.0, 1.0), count).policy(model, config.probe.scale)
+        name = f"probe-{hashlib.sha256(f'{policy.digest}-search'.encode()).hexdigest()[:16]}"
+        tables = (pd.read_parquet(run / "scores" / f"{n}.parquet") for n in (name, "unmodified"))
+        after, before = (table[config.objectives.alignment] for table in tables)
+        if len(after) >= count:
+            means[block] = float((after - before)[:count].mean())
+    return means
 
 
-def test_groups_go_first_then_their_blocks_then_the_best_of_these(probed):
+def test_the_better_half_of_the_blocks_has_twice_as_many_pictures(probed):
     run, _ = probed
     table = pd.read_parquet(run / "probe.parquet")
-    for effect in SHOWN:
-        rows = table[(table["effect"] == effect) & (table["kind"] == "all")]
-        # 4 groups of 3, of which one in 3 goes on: 2 groups
-        assert len(rows) == 6
-        starts = sorted(rows["block"])[::3]
-        assert all(start % 3 == 0 for start in starts)
-        assert sorted(rows["block"]) == [b for start in starts for b in range(start, start + 3)]
-        wanted = EFFECTS[effect][1]
-        whole, part = rows[rows["whole"]], rows[~rows["whole"]]
-        assert (set(whole["n"]), set(part["n"])) == ({3}, {2})
-        # the two that did best on two pictures, by which they were chosen
-        few = {b: wanted * _mean_of_first(run, effect, b, 2) for b in rows["block"]}
-        assert min(few[b] for b in whole["block"]) >= max(few[b] for b in part["block"])
-        assert set(best_blocks(table, effect, 2)) == set(whole["block"])
-    assert set(table["kind"]) == {"all", "single", "colors", "counting"}
     everything = table[table["kind"] == "all"]
-    assert (everything["low"] <= everything["delta"]).all()
-    assert (everything["delta"] <= everything["high"]).all()
-    assert table[table["kind"] != "all"]["low"].isna().all()  # of one prompt each
+    for effect in SHOWN:
+        rows = everything[everything["effect"] == effect].set_index("block")
+        assert sorted(rows.index) == list(range(BLOCKS))
+        assert (rows["whole"] == (rows["n"] == 3)).all()
+        for drawn, blocks in ((1, BLOCKS), (2, 6)):
+            means = _means_of_first(run, effect, drawn)
+            went_on = set(rows.index[rows["n"] > drawn])
+            assert (len(means), len(went_on)) == (blocks, 6 if drawn == 1 else 2)
+            gains = {block: EFFECTS[effect][1] * mean for block, mean in means.items()}
+            assert min(gains[b] for b in went_on) >= max(gains[b] for b in gains if b not in went_on)
+        assert set(best_blocks(table, effect, 2)) == set(rows.index[rows["whole"]])
+    assert set(table["kind"]) == {"all", "single", "colors", "counting"}
+    assert (table["n"] > 0).all()
+    several = everything[everything["n"] > 1]
+    assert (several["low"] <= several["delta"]).all()
+    assert (several["delta"] <= several["high"]).all()
+    assert table[table["n"] == 1]["low"].isna().all()  # one prompt has no interval
+
+
+@given(st.integers(1, 70), st.integers(1, 5), st.integers(1, 100), st.integers(1, 100))
+def test_rounds_double_the_pictures_and_halve_the_blocks(num_blocks, chosen, first, images):
+    told = list(rounds(Probe(chosen=chosen, first_images=first), num_blocks, images))
+    assert told[-1][0] == images
+    assert told[0][1] == num_blocks
+    assert all(after[0] <= 2 * before[0] and after[0] > before[0] for before, after in pairwise(told))
+    assert all(after[1] <= before[1] for before, after in pairwise(told))
+    assert len(told) == 1 or told[-1][1] == min(chosen, num_blocks)
+    assert len(told) == 1 or told[0][0] == first
+
+
+@pytest.mark.parametrize("num_blocks", [12, 24, 38, 57, 60])
+def test_the_default_draws_less_than_two_fifths(num_blocks):
+    probe = Probe()
+    full = probe.model_copy(update={"first_images": probe.images})
+    assert pictures(full, num_blocks, probe.images) == len(probe.effects) * num_blocks * probe.images
+    assert pictures(probe, num_blocks, probe.images) <= 0.4 * pictures(full, num_blocks, probe.images)
 
 
 def test_a_difference_is_that_of_the_block_itself(world, probed, tiny_model):
@@ -111,11 +136,11 @@ def test_the_picture_is_there(probed):
 def test_the_cost_is_told_first_and_nothing_is_measured_twice(world, probed):
     run, _ = probed
     calls = (world.folder / "faults" / "calls").stat().st_size
-    again = world.run("probe", world.config, *PROBE, "--set", "probe.group=3")
+    again = world.run("probe", world.config, *PROBE)
     assert (world.folder / "faults" / "calls").stat().st_size == calls
     assert "probing draws" in again.stderr + again.stdout
     before = pd.read_parquet(run / "probe.parquet")
-    world.run("probe", world.config, *PROBE, "--set", "probe.group=1", "--set", 'probe.effects=["remove"]')
+    world.run("probe", world.config, *PROBE, "--set", "probe.first_images=3", "--set", 'probe.effects=["remove"]')
     full = pd.read_parquet(run / "probe.parquet")
     assert len(full[full["kind"] == "all"]) == BLOCKS
     known = before[(before["effect"] == "remove") & before["whole"]].set_index(["block", "kind"])["delta"]
