@@ -94,13 +94,14 @@ def probe(
 ) -> None:
     """Measure what each block does: removed, reused, deaf to the text, or hearing it louder."""
     from .config import load_config
-    from .probe import launch_probe, summary
+    from .probe import launch_probe
+    from .probe_report import draw, summary
 
     settings = load_config(config, set_ or [])
     path = out or Path("runs") / settings.name
     run = _guarded(path, f"blocktune probe --out {path}", lambda: launch_probe(settings, path))
     typer.echo(summary(run))
-    typer.echo(f"\ntable {path / 'probe.parquet'}\npicture {path / 'probe.png'}")
+    typer.echo(f"\ntable {path / 'probe.parquet'}\npicture {draw(run)}")
 
 
 def _guarded(path: Path, again: str, action: Callable[[], Any]) -> Any:

@@ -16,21 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import FuncNorm
-from matplotlib.patches import Rectangle
 
 from ..evaluators import get, paired_interval, scale_of
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from ..policies.policy import ModelIdentity
 from .candidate import Candidate
-from .config import Config
+from .config import Config, ConfigError
 from .config import Probe as ProbeConfig
 from .pool import Job, Pool
 from .progress import Display
@@ -87,7 +80,7 @@ class Probe:
         """All blocks under all effects: block, effect, window, kind, delta, low, high, n, psnr, whole; written as well.
 
         `whole` tells blocks that had all pictures from those that fell out on a part of them. Differences of
-        alignment and their ends are in shares of what counts as 100 points.
+        alignment and their ends are in shares of what counts as 100 points. ConfigError where the model refuses all.
         """
         probe, blocks = self.config.probe, self.model.num_blocks
         self._baseline("search")
@@ -107,6 +100,9 @@ class Probe:
                 for case, best in ranked.items()
                 if case[0] not in self.refused
             }
+            if not ranked:
+                reasons = "; ".join(f"{effect}: {reason}" for effect, reason in self.refused.items())
+                raise ConfigError(f"probe.effects has nothing that this model does: {reasons}")
         order = sorted(furthest.items(), key=lambda item: -item[1].images)
         table = self._table([part for (case, _), part in order if case in ranked])
         self._write(table, "probe.parquet")
@@ -266,48 +262,6 @@ def best_blocks(table: Table, effect: str, count: int) -> list[int]:
     return [int(b) for b in means.nlargest(count).index]
 
 
-def draw(table: Table, num_blocks: int, path: Path) -> None:
-    """A heat map block x effect for each kind of prompt; a dot marks what differs from zero by its interval.
-
-    The area of a cell is its share of the pictures: blocks that fell out early are small, for they are known less well.
-    """
-    kinds, effects = list(dict.fromkeys(table["kind"])), list(dict.fromkeys(table["effect"]))
-    columns = min(3, len(kinds))
-    rows = math.ceil(len(kinds) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.4 + columns * (1.2 + 0.28 * num_blocks), 0.6 + rows * (1.0 + 0.3 * len(effects))),
-        layout="constrained", squeeze=False, sharex=True, sharey=True,
-    )  # fmt: skip
-    share = table["n"] / table.groupby("kind")["n"].transform("max")
-    limit = 100 * float(np.nanquantile((table["delta"].abs() * share**0.5), 0.98)) or 1.0
-    # by the root: beside a text that is not heard at all, everything else would look alike
-    root = FuncNorm((lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda y: np.sign(y) * y**2), -limit, limit)
-    colors = ScalarMappable(root, "RdBu")
-    for axis, kind in zip(axes.flat, kinds, strict=False):
-        of_kind = table[table["kind"] == kind].assign(share=share).groupby(["effect", "block"])
-        for (effect, block), told in of_kind[["delta", "low", "high", "share"]].mean().iterrows():
-            row, side = effects.index(effect), told["share"] ** 0.5
-            corner = (block - side / 2, row - side / 2)
-            axis.add_patch(Rectangle(corner, side, side, fc=colors.to_rgba(100 * told["delta"]), ec="white", lw=0.6))
-            if told["low"] > 0 or told["high"] < 0:
-                axis.plot(block, row, ".", ms=4, mfc="white", mec="#1f2430", mew=0.5)
-        axis.set(xlim=(-0.5, num_blocks - 0.5), ylim=(len(effects) - 0.5, -0.5))
-        axis.set_title(kind, loc="left", fontsize=10)
-        axis.set_yticks(range(len(effects)), effects, fontsize=8)
-        axis.set_xticks(range(0, num_blocks, max(1, num_blocks // 12)))
-        axis.tick_params(length=0, labelsize=8)
-        axis.spines[:].set_visible(False)
-    for axis in axes.flat[len(kinds) :]:
-        axis.set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel("block", fontsize=9)
-    bar = figure.colorbar(colors, ax=axes, shrink=0.8)
-    bar.set_label("alignment against the unmodified model, points, shaded by the root", fontsize=9)
-    bar.outline.set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def launch_probe(config: Config, path: Path) -> RunDirectory:
     """Probe into the run directory `path`, new or of the same model, prompts and objectives; and return it.
 
@@ -323,31 +277,8 @@ def launch_probe(config: Config, path: Path) -> RunDirectory:
             run.write_json(run.state, on | run.read_state())
             display.say(f"{pool.size} on {pool.description.device}, {pool.description.dtype}")
             probe = Probe(config, run, pool, display)
-            table = probe.measure()
-            probe.controls(table)
-            draw(table, probe.model.num_blocks, run.path / "probe.png")
+            probe.controls(probe.measure())
         finally:
             pool.close()
             run.release()
     return run
-
-
-def summary(run: RunDirectory) -> str:
-    """What a probe found, in words: the best blocks of each effect, and what the controls gave."""
-    table: Table = pd.read_parquet(run.path / "probe.parquet")
-    count = run.load_config().probe.chosen
-    lines = ["alignment against the unmodified model, points, with 95 % intervals"]
-    for effect in dict.fromkeys(table["effect"]):
-        rows = table[(table["effect"] == effect) & (table["kind"] == "all")].set_index("block")
-        told = (f"{b} {_points(rows.loc[[b]].iloc[0])}" for b in best_blocks(table, effect, count))
-        lines.append(f"{effect:<16} blocks " + ", ".join(told))
-    if (run.path / "probe_sets.parquet").exists():
-        lines += ["", "together, on held-out prompts"]
-        sets: Table = pd.read_parquet(run.path / "probe_sets.parquet")
-        for _, row in sets.iterrows():
-            lines.append(f"{row['set']:<18} {row['effect']} at {[int(b) for b in row['blocks']]}: {_points(row)}")
-    return "\n".join(lines)
-
-
-def _points(row: Any) -> str:
-    return f"{100 * row['delta']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"

@@ -19,7 +19,7 @@ from blocktune.evaluators import load_prompts
 from blocktune.policies import BlockPolicy, Reuse, Rule
 from blocktune.search.cli import app
 from blocktune.search.config import load_config
-from blocktune.search.config import page as config_page
+from blocktune.search.config_page import page as config_page
 from diffusers import DiffusionPipeline
 
 ROOT = Path(__file__).parent.parent

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,11 @@ import torch
 from blocktune.evaluators import load_prompts
 from blocktune.policies import BlockPolicy, Rule, Skip
 from blocktune.policies.policy import ModelIdentity
-from blocktune.search.config import Probe, load_config
+from blocktune.search.config import ConfigError, load_config
+from blocktune.search.config import Probe as ProbeConfig
 from blocktune.search.generation import embed, generate, load
-from blocktune.search.probe import EFFECTS, Part, best_blocks, pictures, rounds
+from blocktune.search.probe import EFFECTS, Part, Probe, best_blocks, pictures, rounds
+from blocktune.search.progress import Display
 from blocktune.search.run_directory import RunDirectory
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,7 +85,7 @@ def test_the_better_half_of_the_blocks_has_twice_as_many_pictures(probed):
 
 @given(st.integers(1, 70), st.integers(1, 5), st.integers(1, 100), st.integers(1, 100))
 def test_rounds_double_the_pictures_and_halve_the_blocks(num_blocks, chosen, first, images):
-    told = list(rounds(Probe(chosen=chosen, first_images=first), num_blocks, images))
+    told = list(rounds(ProbeConfig(chosen=chosen, first_images=first), num_blocks, images))
     assert told[-1][0] == images
     assert told[0][1] == num_blocks
     assert all(after[0] <= 2 * before[0] and after[0] > before[0] for before, after in pairwise(told))
@@ -93,7 +96,7 @@ def test_rounds_double_the_pictures_and_halve_the_blocks(num_blocks, chosen, fir
 
 @pytest.mark.parametrize("num_blocks", [12, 24, 38, 57, 60])
 def test_the_default_draws_less_than_two_fifths(num_blocks):
-    probe = Probe()
+    probe = ProbeConfig()
     full = probe.model_copy(update={"first_images": probe.images})
     assert pictures(full, num_blocks, probe.images) == len(probe.effects) * num_blocks * probe.images
     assert pictures(probe, num_blocks, probe.images) <= 0.4 * pictures(full, num_blocks, probe.images)
@@ -147,6 +150,26 @@ def test_the_cost_is_told_first_and_nothing_is_measured_twice(world, probed):
     assert full.set_index(["block", "kind"])["delta"].loc[known.index].tolist() == known.tolist()
 
 
+def test_a_model_that_refuses_every_effect_is_one_sentence(probed):
+    """Jobs fail as those of a model whose text cannot be made louder; nothing else of the probe is replaced."""
+    source = RunDirectory.existing(probed[0])
+    config = load_config(source.config, ["probe.effects=[enhance key]"])
+    model = ModelIdentity.of(load(config.model.path, "cpu", torch.float32))
+    pool = SimpleNamespace(description=SimpleNamespace(model=model), size=1)
+
+    def fail(jobs, done):
+        for job in jobs:
+            job.error = "it has no key"
+        return jobs
+
+    pool.put, pool.try_all = (lambda images: images), fail
+    with (
+        Display() as display,
+        pytest.raises(ConfigError, match="nothing that this model does: enhance key: it has no key"),
+    ):
+        Probe(config, source, pool, display).measure()
+
+
 def test_best_blocks_are_those_that_help_or_need_the_text():
     rows = [
         {"block": b, "effect": effect, "window": "0-1", "kind": "all", "delta": (b - 3) / 10}
@@ -167,5 +190,5 @@ def test_every_effect_is_a_policy_of_its_own():
         digests.add(BlockPolicy.model_validate({"name": "p", "model": model, "rules": [rule]}).digest)
         assert wanted in (1, -1)
     assert len(digests) == len(EFFECTS)
-    assert set(Probe().effects) == set(EFFECTS)
+    assert set(ProbeConfig().effects) == set(EFFECTS)
     assert isinstance(EFFECTS["remove"][0](2.0), Skip)
