@@ -7,6 +7,7 @@ from typing import Any
 
 from ..evaluators import (
     Interval,
+    Latency,
     get,
     holm,
     mcnemar,
@@ -70,8 +71,15 @@ def confirm(study: Study) -> list[Confirmed]:
     pool.run([Job("confirm", (candidates[p.key], reference), p) for p in missing], keep)
 
     study.display.say("timing the candidates on a quiet device")
-    (job,) = pool.run([Job("time", ([unmodified, *(candidates[p.key] for p in chosen)], config.confirm.repeats))])
-    (whole, inside), *timed = [([t.pipeline for t in of], [t.transformer for t in of]) for of in job.result]
+    study.display.stage("timing", config.confirm.repeats)
+    turns: list[list[Latency]] = []
+    for turn in range(config.confirm.repeats):  # one after another, each by the worker that was last at work
+        (job,) = pool.run([Job("time", ([unmodified, *(candidates[p.key] for p in chosen)],))])
+        turns.append(job.result)
+        study.display.advance(f"turn {turn + 1}")
+    (whole, inside), *timed = [
+        ([t.pipeline for t in of], [t.transformer for t in of]) for of in zip(*turns, strict=True)
+    ]
 
     before = run.read_scores("confirm-unmodified")
     scored = {p.key: run.read_scores(held_out_name(p)) for p in chosen}

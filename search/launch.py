@@ -62,7 +62,7 @@ def launch(
     pool = tracker = None
     with Display() as display:
         try:
-            display.say("starting workers")
+            display.wait("starting workers")
             pool = Pool(config, state.get("dtype"))
             described = pool.description
             display.say(f"{pool.size} worker{'s' * (pool.size > 1)} on {described.device}, {described.dtype}")

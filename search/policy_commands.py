@@ -107,12 +107,12 @@ def evaluate(
     chosen = _prompts(prompts, images)
     scorers = [get(name) for name in evaluators.split(",")]
     pipe, under, unmodified = _prepare(loaded, model, None, None)
-    display = Display()
     embeddings = embed(pipe, [p.text for p in chosen], under)
-    display.say(f"generating {len(chosen)} pictures with the unmodified model")
-    before = pictures(pipe, chosen, embeddings, unmodified)
-    display.say(f"generating {len(chosen)} pictures under {loaded.name}")
-    after = pictures(pipe, chosen, embeddings, under, loaded)
+    with Display() as display:
+        display.wait(f"generating {len(chosen)} pictures with the unmodified model")
+        before = pictures(pipe, chosen, embeddings, unmodified)
+        display.wait(f"generating {len(chosen)} pictures under {loaded.name}")
+        after = pictures(pipe, chosen, embeddings, under, loaded)
     texts = [p.text for p in chosen]
     for scorer in scorers:
         scores = [scorer.score(images, texts, before) for images in (after, before)]
@@ -157,7 +157,8 @@ def verify(
     pipe, under, unmodified = _prepare(loaded, model, None, None)
     wanted = evaluators.split(",") if evaluators is not None else None
     try:
-        result = measured(loaded, pipe, chosen, under, unmodified, wanted, tolerance, Display().say)
+        with Display() as display:
+            result = measured(loaded, pipe, chosen, under, unmodified, wanted, tolerance, display.wait)
     except BrokenPicture as error:
         fail(f"{loaded.name} does not hold: {error}")
     typer.echo(json.dumps(result.to_dict(), indent=2) if json_ else "\n".join(result.lines))

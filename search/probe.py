@@ -270,7 +270,7 @@ def launch_probe(config: Config, path: Path) -> RunDirectory:
     check_objectives(config)
     run = RunDirectory.open(path, config, resume=(path / "config.yaml").exists())
     with Display() as display:
-        display.say("starting workers")
+        display.wait("starting workers")
         pool = Pool(config, run.read_state().get("dtype"))
         try:
             on = {key: getattr(pool.description, key) for key in ("dtype", "device", "versions")}

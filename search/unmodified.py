@@ -24,7 +24,7 @@ class Unmodified:
         self.candidate = plain
         table = run.path / "cost_table.json"
         if not table.exists():
-            display.say("measuring the cost of every block")
+            display.wait("measuring the cost of every block")
             (job,) = pool.run([Job("cost_table", ())])
             run.write_text(table, job.result.model_dump_json(indent=2) + "\n")
         self.costs = CostTable.model_validate_json(table.read_text())
@@ -34,7 +34,7 @@ class Unmodified:
                 "computes no unconditional half that could be left out."
             )
         if not (run.scores / "unmodified.parquet").exists():
-            display.say("generating with the unmodified model")
+            display.wait("generating with the unmodified model")
             (job,) = pool.run([Job("measure", (plain, "search", None))])
             run.write_images("unmodified", job.result.images)
             run.write_scores("unmodified", prompts, job.result.scores)

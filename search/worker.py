@@ -178,16 +178,15 @@ class Worker:
             lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands, unguided=unguided)
         )
 
-    def time(self, candidates: list[Candidate], repeats: int) -> list[list[Latency]]:
-        """Measured seconds of one batch of each, in `repeats` turns: each turn has all of them, one after another."""
-        return self._fitting(lambda: self._time(candidates, repeats))  # all of them at one batch
+    def time(self, candidates: list[Candidate]) -> list[Latency]:
+        """Measured seconds of one batch of each, one after another, the first once untimed before."""
+        return self._fitting(lambda: self._time(candidates))  # all of them at one batch
 
-    def _time(self, candidates: list[Candidate], repeats: int) -> list[list[Latency]]:
+    def _time(self, candidates: list[Candidate]) -> list[Latency]:
         prompts, rows = self._batch("confirm")
-        turns: list[list[Latency]] = [[] for _ in candidates]
-        for repeat in range(repeats):
-            for i, one in enumerate(candidates):
-                told = self.generation.model_copy(update=one.sampling)
-                run = lambda c=one, g=told: generate(self.pipe, prompts, rows, g, c.policy)  # noqa: E731
-                turns[i].append(time_pipeline(self.pipe, run, repeats=1, warmup=int(repeat == i == 0)))
-        return turns
+        turn = []
+        for one in candidates:
+            told = self.generation.model_copy(update=one.sampling)
+            run = lambda c=one, g=told: generate(self.pipe, prompts, rows, g, c.policy)  # noqa: E731
+            turn.append(time_pipeline(self.pipe, run, repeats=1, warmup=int(not turn)))
+        return turn

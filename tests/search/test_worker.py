@@ -57,7 +57,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_stays_so(worker: Worker, monkey
     assert asked[8:] == [1, 1]
     table = worker.cost_table()
     assert table.predict_policy(plain.policy, 2) > 0
-    ((timed,),) = worker.time([plain], 1)
+    (timed,) = worker.time([plain])
     assert timed.pipeline > timed.transformer > 0
 
 
