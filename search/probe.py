@@ -174,9 +174,9 @@ class Probe:
         steps = self.config.generation.num_inference_steps
 
         def keep(job: Job) -> None:
-            part, scores = job.tag, job.result.scores
-            if (before := self._scores(part)) is not None:
-                scores = {name: np.concatenate([before[name], values]) for name, values in scores.items()}
+            (part, known), scores = job.tag, job.result.scores
+            if known is not None:
+                scores = {name: np.concatenate([known[name], values]) for name, values in scores.items()}
             self.run.write_scores(self._name(part), self.prompts[part.split][: part.images], scores)
             self.display.advance(f"{part.effect} {list(part.blocks)}")
 
@@ -186,11 +186,12 @@ class Probe:
             drawn = 0 if known is None else len(known)
             if drawn < part.images:
                 one = Candidate(part.policy(self.model, self.config.probe.scale), steps)
-                jobs.append(Job("measure", (one, part.split, self._reference, part.images, drawn), part))
+                jobs.append(Job("measure", (one, part.split, self._reference, part.images, drawn), (part, known)))
         self.display.stage(stage, len(jobs))
         failed = self.pool.try_all(jobs, keep)
         for job in failed:
-            self.refused.setdefault(job.tag.effect, str(job.error))
+            part, _ = job.tag
+            self.refused.setdefault(part.effect, str(job.error))
         for effect, reason in self.refused.items():
             self.display.say(f"{effect} is left out: {reason}")
         kept = (p for p in parts if p.effect not in self.refused)

@@ -201,11 +201,12 @@ def verify(
         )
         for _ in range(REPEATS)
     ]
-    unmodified_seconds, seconds = (median(column) for column in zip(*turns, strict=True))
+    before_each, after_each = zip(*turns, strict=True)
+    unmodified_seconds, seconds = median(before_each), median(after_each)
 
     figures: list[SpeedUp | Score] = []
     if claimed is not None:
-        figures.append(SpeedUp(claimed, speedup(*zip(*turns, strict=True)), tolerance))
+        figures.append(SpeedUp(claimed, speedup(before_each, after_each), tolerance))
     for name, scorer in scorers.items():
         scores = (scorer.score(images, texts, before) for images in (after, before))
         figures.append(

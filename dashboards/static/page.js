@@ -326,6 +326,9 @@ function copy(code) {
   return button;
 }
 
+/** A box about the same middle, its sides so much shorter. */
+const shrunk = ({ x, y, width, height }, side) => ({ x: x + (width * (1 - side)) / 2, y: y + (height * (1 - side)) / 2, width: width * side, height: height * side });
+
 /** A grid that is one stop of the Tab key: arrows walk over its cells, and what a cell says is read out below. */
 function grid(rows, columns, width, describe, { gaps = [], axes: [down, across], label, names: rowNames }) {
   const left = rowNames ? Math.max(...rowNames.map((n) => n.length)) * 6.6 + 12 : 34, foot = 34;
@@ -338,8 +341,7 @@ function grid(rows, columns, width, describe, { gaps = [], axes: [down, across],
     for (let c = 0; c < columns; c++) {
       const { text, classes, t, overlays = [], dot, side = 1 } = describe(r, c);
       const box = { x: left + c * w, y: top(r), width: w, height: h };
-      const shown = { x: box.x + (w * (1 - side)) / 2, y: box.y + (h * (1 - side)) / 2, width: w * side, height: h * side };
-      const cell = el("rect", { ...shown, class: `cell ${classes}`, role: "img", tabindex: cells.length ? -1 : 0, "aria-label": text, "--t": t });
+      const cell = el("rect", { ...shrunk(box, side), class: `cell ${classes}`, role: "img", tabindex: cells.length ? -1 : 0, "aria-label": text, "--t": t });
       Object.assign(cell, { read: text, at: [r, c] });
       cells.push(cell);
       svg.append(cell, ...overlays.map((name) => el("rect", { ...box, class: "texture", fill: `url(#${CSS.escape(label)}-${name})` })));
@@ -561,14 +563,14 @@ async function probing(width) {
   const most = Math.max(...p.delta.map((d, i) => Math.abs(d ?? 0) * Math.sqrt(part(i)))) || 1, blocks = Math.max(...p.block) + 1;
   const rows = [...new Set(p.block.map((_, i) => effect(i)))], kinds = [...new Set(p.kind)];
   const across = clamp(Math.floor(width / 560), 1, Math.min(3, kinds.length)), column = (width - 44 * (across - 1)) / across;
-  const patch = (classes, t) => el("svg", { width: 22, height: 14, "aria-hidden": true }, el("rect", { width: 22, height: 14, class: `cell ${classes}`, "--t": t }));
+  const patch = (classes, t, side = 1) => el("svg", { width: 22, height: 14, "aria-hidden": true }, el("rect", { ...shrunk({ x: 0, y: 0, width: 22, height: 14 }, side), class: `cell ${classes}`, "--t": t }));
   return el("section", { "aria-label": "Probe" }, el("h2", {}, "Probe"),
     el("p", {}, "Each block by itself: how much alignment changes when it alone is acted on, per kind of prompt. Focus a map and walk with the arrow keys."),
     el("div", { class: "legend" },
       el("span", {}, patch("gain", 0.3), patch("gain", 0.65), patch("gain", 1), "gain"), el("span", {}, patch("loss", 0.3), patch("loss", 0.65), patch("loss", 1), "loss"),
       el("span", {}, `up to ${most.toFixed(0)} points, shaded by the root`),
       el("span", {}, el("svg", { width: 10, height: 14, "aria-hidden": true }, el("circle", { class: "sure", cx: 5, cy: 7, r: 2.4 })), "the 95 % interval leaves out zero"),
-      p.n.some((_, i) => part(i) < 1) && el("span", {}, el("svg", { width: 22, height: 14, "aria-hidden": true }, el("rect", { x: 7, y: 4.5, width: 8, height: 5, class: "cell loss", "--t": 0.65 })), "small: fell out on fewer pictures"),
+      p.n.some((_, i) => part(i) < 1) && el("span", {}, patch("loss", 0.65, 0.4), "small: fell out on fewer pictures"),
       el("span", {}, patch("unmeasured"), "not measured")),
     el("div", { class: "maps", "--across": across }, kinds.map((kind) => {
       const at = new Map();
