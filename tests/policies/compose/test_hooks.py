@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from itertools import product
 from typing import Any
 
 import pytest
@@ -68,13 +69,57 @@ def test_accelerate_hooks_on_blocks(tiny_sd3_pipeline, first, off_first):
     assert torch.equal(generate(pipe), plain)
 
 
-@pytest.mark.parametrize("name", ["sd3.5-medium", "flux2", "qwen-image"])
+class Counted(ModelHook):
+    """Counts its calls, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        self.calls += 1
+        return output
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_accelerate_hooks_and_policies_come_and_go_in_any_order(name):
+    family, scheduler = FAMILY[name], new_scheduler()
+    model = family.build()
+    block, policy = family.block(model, 1), policy_for(model, *RULES[1:])
+    plain = family.denoise(model, scheduler)
+    with apply_policy(model, policy, scheduler=scheduler) as applied:
+        expected = family.denoise(model, scheduler)
+    computed = sum(row[1].startswith("compute") for row in applied.report.table)
+    assert computed < len(applied.report.table)
+    assert not all(map(torch.equal, expected, plain))
+    for hook_first, hook_leaves_first in product((True, False), repeat=2):
+        hook = Counted()
+        if hook_first:
+            add_hook_to_module(block, hook)
+        applied = apply_policy(model, policy, scheduler=scheduler)
+        if not hook_first:
+            add_hook_to_module(block, hook)
+        assert all(map(torch.equal, family.denoise(model, scheduler), expected))
+        assert hook.calls == computed
+        if hook_leaves_first:
+            remove_hook_from_module(block)
+            assert all(map(torch.equal, family.denoise(model, scheduler), expected))
+            applied.remove()
+        else:
+            applied.remove()
+            assert all(map(torch.equal, family.denoise(model, scheduler), plain))
+            assert hook.calls > computed
+            remove_hook_from_module(block)
+        assert all(map(torch.equal, family.denoise(model, scheduler), plain))
+
+
+@pytest.mark.parametrize("name", FAMILY)
 def test_torch_hooks_see_what_blocks_see(name):
     """What a hook on a block is given, and may change, is what the block computes with under the policy."""
     family, scheduler = FAMILY[name], new_scheduler()
     model, calls = family.build(), []
     plain = family.denoise(model, scheduler)
-    with apply_policy(model, policy_for(model, *RULES), scheduler=scheduler) as applied:
+    rules, acts = (RULES, 0) if family.hears("value") else (RULES[1:], -1)  # from the first step on, or at the last
+    with apply_policy(model, policy_for(model, *rules), scheduler=scheduler) as applied:
         handles = [
             family.block(model, index).register_forward_hook(lambda *_, index=index: calls.append(index))
             for index in range(3)
@@ -84,7 +129,7 @@ def test_torch_hooks_see_what_blocks_see(name):
         for handle in handles:
             handle.remove()
         assert all(map(torch.equal, family.denoise(model, scheduler), hooked))
-    assert not torch.equal(hooked[0], plain[0])
+    assert not torch.equal(hooked[acts], plain[acts])
 
 
 @pytest.mark.parametrize("name", ["sd3.5-medium", "flux-dev", "wan"])
