@@ -33,8 +33,8 @@ def confirm(study: Study) -> list[Confirmed]:
 
     They are chosen by cautious estimates, since the best of many noisy means are mostly luck.
     Intervals are paired by prompt and seed, grouped by prompt, and widened for the number of candidates compared
-    (Bonferroni), p-values adjusted for it (Holm). Timing runs on one worker while the others rest, each candidate in
-    turn with the unmodified model.
+    (Bonferroni), p-values adjusted for it (Holm). Timing runs on one worker while the others rest, the candidates
+    of a turn one after another, the unmodified model before and after them.
     """
     config, run, pool = study.config, study.run, study.pool
     prompts = read_prompts(config, "confirm")
@@ -74,8 +74,11 @@ def confirm(study: Study) -> list[Confirmed]:
     study.display.stage("timing", config.confirm.repeats)
     turns: list[list[Latency]] = []
     for turn in range(config.confirm.repeats):  # one after another, each by the worker that was last at work
-        (job,) = pool.run([Job("time", ([unmodified, *(candidates[p.key] for p in chosen)],))])
-        turns.append(job.result)
+        # at both ends, for a machine that slows down amid a turn, as a shared one does
+        (job,) = pool.run([Job("time", ([unmodified, *(candidates[p.key] for p in chosen), unmodified],))])
+        first, *others, last = job.result
+        ends = Latency((first.pipeline + last.pipeline) / 2, (first.transformer + last.transformer) / 2)
+        turns.append([ends, *others])
         study.display.advance(f"turn {turn + 1}")
     (whole, inside), *timed = [
         ([t.pipeline for t in of], [t.transformer for t in of]) for of in zip(*turns, strict=True)

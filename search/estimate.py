@@ -101,7 +101,7 @@ def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) 
         "baseline": counts["search"],
         "search": config.search.trials * counts["search"],
         "confirm": (1 + compared) * counts["confirm"],
-        "timing": (2 + compared) * config.confirm.repeats * min(config.generation.batch, counts["confirm"]),
+        "timing": (3 + compared) * config.confirm.repeats * min(config.generation.batch, counts["confirm"]),
     }
     seconds = None
     if table is not None:

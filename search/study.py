@@ -77,7 +77,7 @@ class Study:
         self.unmodified = Unmodified(plain, self.prompts, config, run, pool, display)
         self.baseline = self.unmodified.point
         self._race = Race(len(self.prompts), self.unmodified.slowest)
-        timed = (config.confirm.candidates + len(self._anchors)) * config.confirm.repeats * config.generation.batch
+        timed = (2 + config.confirm.candidates + len(self._anchors)) * config.generation.batch
         self._largest = max(timed, len(self.prompts), len(read_prompts(config, "confirm")))  # job, in pictures
         self._open()
 
