@@ -146,11 +146,13 @@ def status(run: RunArgument = DEFAULT_RUN) -> None:
         f"{counts[key]} {name}" for key, name in (("complete", "complete"), ("fail", "failed"), ("running", "running"))
     )
     typer.echo(f"{config.name}: {told}, {config.search.trials} wanted")
-    measured = [t.user_attrs["metrics"] for t in trials if "metrics" in t.user_attrs and "same_as" not in t.user_attrs]
+    measured = [t.user_attrs for t in trials if "metrics" in t.user_attrs and "same_as" not in t.user_attrs]
     if measured:
-        pictures = sum(m.get("images", config.prompts.search_images) for m in measured)
-        seconds = sum(m["generate_seconds"] for m in measured)
-        saved = sum(m.get("steps_saved", 0.0) for m in measured) / len(measured)  # a run of before has none
+        counts = [told["metrics"].get("images", config.prompts.search_images) for told in measured]
+        pictures, seconds = sum(counts), sum(told["metrics"]["generate_seconds"] for told in measured)
+        steps = [count * told["steps"] for count, told in zip(counts, measured, strict=True)]
+        shares = [told["metrics"].get("steps_saved", 0.0) for told in measured]  # a run of before has none
+        saved = sum(n * share for n, share in zip(steps, shares, strict=True)) / sum(steps)
         typer.echo(
             f"{pictures / seconds:.1f} pictures per second and worker; "
             f"{100 * saved:.0f} % of the denoising steps were those of earlier candidates"

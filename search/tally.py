@@ -14,7 +14,7 @@ class Tally:
         self.front: list[Point] = []  # of feasible trials, fastest first
         self.finished = self.failed = 0  # trials that count, and all that failed
         self._baseline, self._per_trial = baseline, images
-        self._volume = self._images = self._seconds = self._saved = 0.0
+        self._volume = self._images = self._seconds = self._steps = self._saved = 0.0
 
     def add(self, trial: FrozenTrial) -> None:
         complete = trial.state == TrialState.COMPLETE
@@ -27,7 +27,9 @@ class Tally:
             images = metrics.get("images", self._per_trial)
             self._images += images
             self._seconds += metrics["generate_seconds"] + metrics["score_seconds"]
-            self._saved += metrics.get("steps_saved", 0.0) * images
+            steps = images * trial.user_attrs["steps"]
+            self._steps += steps
+            self._saved += metrics.get("steps_saved", 0.0) * steps
         if stands(trial):
             before, self.front = self.front, extended(self.front, point_of(trial))
             if self.front is not before:
@@ -53,5 +55,5 @@ class Tally:
 
         `steps_saved` is the share of their denoising steps that earlier candidates had taken alike.
         """
-        saved = self._saved / max(1, self._images)
+        saved = self._saved / max(1, self._steps)
         return {"images": self._images, "worker_seconds": self._seconds, "steps_saved": saved}

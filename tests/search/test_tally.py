@@ -18,7 +18,7 @@ outcomes = st.sampled_from(["complete", "complete", "dropped", "infeasible", "sa
 
 def trial(number: int, outcome: str, alignment: int, quality: int, latency: int) -> optuna.trial.FrozenTrial:
     metrics = {"images": 8.0 + number, "generate_seconds": 2.0, "score_seconds": 0.5, "steps_saved": latency / 8}
-    attrs: dict[str, Any] = {"key": f"k{number}", "steps": 20}
+    attrs: dict[str, Any] = {"key": f"k{number}", "steps": 20 - number}
     attrs |= {"dropped": {"dropped": True}, "same": {"same_as": 0}, "failed": {"reason": "lamp"}}.get(outcome, {})
     if outcome in ("failed", "killed"):
         return optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attrs)
@@ -43,7 +43,8 @@ def test_a_tally_is_what_all_trials_come_to(rows: list[tuple]) -> None:
     images = sum(8 + i for i in measured)
     assert tally.spent["images"] == images
     assert tally.spent["worker_seconds"] == 2.5 * len(measured)
-    saved = sum((8 + i) * rows[i][3] / 8 for i in measured) / max(1, images)
+    steps = {i: (8 + i) * (20 - i) for i in measured}  # of all pictures
+    saved = sum(n * rows[i][3] / 8 for i, n in steps.items()) / max(1, sum(steps.values()))
     assert tally.spent["steps_saved"] == pytest.approx(saved)
     assert bool(tally.standing) == bool(points)
     if points:
