@@ -1,12 +1,13 @@
 """Where a study is stored, how a search writes it, and which of its trials stand on the axes."""
 
 import copy
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.storages._rdb.models import TrialParamModel
+from optuna.storages._rdb.models import TrialParamModel, TrialSystemAttributeModel, TrialUserAttributeModel
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, insert
@@ -62,17 +63,24 @@ class Storage(optuna.storages.InMemoryStorage):
     def _insert(self, trial_id: int) -> None:
         trial = self.get_trial(trial_id)
         bare = copy.copy(trial)
-        bare.params, bare.distributions = {}, {}
+        bare.params, bare.distributions, bare.user_attrs, bare.system_attrs = {}, {}, {}, {}
         row = self._rows[trial_id] = self._database.create_new_trial(self._study, bare)
-        # the database's own way asks of each choice what its distribution was, which memory has checked
+        # the database's own way asks for each whether it is there, and of each choice what its distribution was
         choices = [
             {"trial_id": row, "param_name": name, "param_value": distribution.to_internal_repr(trial.params[name]),
              "distribution_json": distribution_to_json(distribution)}
             for name, distribution in trial.distributions.items()
         ]  # fmt: skip
-        if choices:
-            with self._database.engine.begin() as connection:
-                connection.execute(insert(TrialParamModel), choices)
+        own, optunas = (
+            [{"trial_id": row, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
+            for attrs in (trial.user_attrs, trial.system_attrs)
+        )
+        with self._database.engine.begin() as connection:
+            for table, rows in (
+                (TrialParamModel, choices), (TrialUserAttributeModel, own), (TrialSystemAttributeModel, optunas)
+            ):  # fmt: skip
+                if rows:
+                    connection.execute(insert(table), rows)
         if self._database.get_trial_id_from_study_id_trial_number(self._study, trial.number) != row:
             raise ConfigError(f"another search writes the study in {self._url}; give each its own search.storage.")
 
