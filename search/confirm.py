@@ -74,11 +74,8 @@ def confirm(study: Study) -> list[Confirmed]:
     study.display.stage("timing", config.confirm.repeats)
     turns: list[list[Latency]] = []
     for turn in range(config.confirm.repeats):  # one after another, each by the worker that was last at work
-        # at both ends, for a machine that slows down amid a turn, as a shared one does
         (job,) = pool.run([Job("time", ([unmodified, *(candidates[p.key] for p in chosen), unmodified],))])
-        first, *others, last = job.result
-        ends = Latency((first.pipeline + last.pipeline) / 2, (first.transformer + last.transformer) / 2)
-        turns.append([ends, *others])
+        turns.append(ends_as_one(job.result))
         study.display.advance(f"turn {turn + 1}")
     (whole, inside), *timed = [
         ([t.pipeline for t in of], [t.transformer for t in of]) for of in zip(*turns, strict=True)
@@ -137,6 +134,15 @@ def confirm(study: Study) -> list[Confirmed]:
     }
     run.write_json(run.confirmed, record)
     return confirmed
+
+
+def ends_as_one(turn: Sequence[Latency]) -> list[Latency]:
+    """A turn whose first and last are of the same model, with their mean as the first, and no last.
+
+    A shared machine slows down for some seconds, or drifts: one run alone would move all that is held against it.
+    """
+    first, *others, last = turn
+    return [Latency((first.pipeline + last.pipeline) / 2, (first.transformer + last.transformer) / 2), *others]
 
 
 def adjusted_p_values(objectives: Objectives, before: Any, after: Sequence[Any]) -> list[dict[str, float]]:

@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from blocktune.evaluators import Latency
 from blocktune.search.config import Objectives
-from blocktune.search.confirm import adjusted_p_values
+from blocktune.search.confirm import adjusted_p_values, ends_as_one
 from scipy.stats import binomtest, ttest_rel
 
 OBJECTIVES = Objectives(alignment="shapes", quality="crispness", reported=("shapes_binary", "psnr", "ssim"))
@@ -40,6 +41,13 @@ def test_pictures_of_one_prompt_are_one_piece_of_evidence() -> None:
     (once,), (again,) = adjusted_p_values(OBJECTIVES, before, [after]), adjusted_p_values(OBJECTIVES, four[0], four[1:])
     assert once == pytest.approx(again)
     assert once["shapes"] < 0.05
+
+
+def test_a_drift_within_a_turn_is_shared_by_both_ends() -> None:
+    """Each run takes a tenth longer than the one before; the one in the middle is as fast as the ends."""
+    ends, middle = ends_as_one([Latency(1.0, 0.5), Latency(1.1, 0.55), Latency(1.2, 0.6)])
+    assert (ends.pipeline, ends.transformer) == pytest.approx((middle.pipeline, middle.transformer))
+    assert middle == Latency(1.1, 0.55)
 
 
 def test_nothing_confirmed() -> None:
