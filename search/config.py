@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -15,6 +16,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -77,6 +79,15 @@ class Constraints(_Section):
     )
 
 
+def _nonempty(window: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= window[0] < window[1] <= 1:
+        raise PydanticCustomError("window", "it must be [start, end] with 0 <= start < end <= 1")
+    return window
+
+
+Window: TypeAlias = Annotated[tuple[float, float], AfterValidator(_nonempty)]  # [start, end) of the run, in fractions
+
+
 class Space(_Section):
     bands: PositiveInt = Field(
         default=4,
@@ -94,7 +105,12 @@ class Space(_Section):
         default=("key", "value", "logit"), description="where text may be scaled; not to scale it is always a choice"
     )
     max_scale: float = Field(default=1.8, gt=1, description="text is scaled by 1 to this, on a log axis")
-    text_until: tuple[float, ...] = Field(default=(0.15, 0.3, 1.0), description="where louder text may end")
+    text_windows: tuple[Window, ...] = Field(
+        default=((0.0, 0.3), (0.0, 1.0), (0.3, 1.0), (0.6, 1.0)),
+        min_length=1,
+        description="where text may be louder, as [start, end] in fractions of the run; candidates that start late "
+        "share their beginning",
+    )
     skip: bool = Field(default=True, description="also try to skip one block late in the run")
     steps: tuple[PositiveInt, ...] = Field(
         default=(16, 12, 8),
@@ -125,16 +141,19 @@ class Probe(_Section):
     effects: tuple[Effect, ...] = Field(
         default=get_args(Effect), description="what is done to each block; `disable` is the paper's, for later ones too"
     )
-    windows: tuple[tuple[float, float], ...] = Field(
-        default=((0.0, 1.0),), description="parts of the run, as [start, end] in fractions"
+    windows: tuple[Window, ...] = Field(
+        default=((0.0, 1.0),), min_length=1, description="parts of the run, as [start, end] in fractions"
     )
     scale: float = Field(default=1.5, gt=1, description="how much louder text is under `enhance`")
     first_images: PositiveInt = Field(
-        default=12,
-        description="pictures of every block; the better half goes on to twice as many, and so on; as many as `images` "
-        "probe every block on all",
+        default=12, description="pictures of every block, and how many more one gets at a time while it is unsettled"
     )
-    chosen: PositiveInt = Field(default=3, description="how many of the best blocks the controls take together")
+    share: float = Field(
+        default=0.4, gt=0, le=1, description="of every block on all pictures, to be drawn at most; 1 draws them all"
+    )
+    chosen: PositiveInt = Field(
+        default=3, description="how many of the best blocks of an effect are sought, and taken together by the controls"
+    )
     random_sets: NonNegativeInt = Field(default=8, description="random sets of as many blocks to compare with")
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..policies.policy import ModelIdentity
+from ..policies.policy import WHOLE_RUN, ModelIdentity
 from .config import Config, ConfigError
-from .space import anchors, bands, guidance_ends_of, steps_of
+from .space import anchors, bands, guidance_ends_of, longest_window, steps_of, text_windows
 
-COLUMNS = ("block", "effect", "kind", "delta", "whole")
+COLUMNS = ("block", "effect", "kind", "delta")
 # Class of the transformer, its blocks, the blocks whose text input is scaled, by how much, and where it is from.
 PUBLISHED = (
     ("FluxTransformer2DModel", 57, (2, 7, 12, 17, 22), 1.5, "FLUX [2,7,12,17,22] x1.5"),  # arXiv 2601.02211, README
@@ -74,16 +74,15 @@ def suggested(table: Any, config: Config, num_blocks: int) -> dict[str, dict[str
     groups = bands(space, num_blocks)
     told = table[table["kind"] == "all"]
     effects = {effect: rows.groupby("block")["delta"].mean() for effect, rows in told.groupby("effect")}
-    proven = {e: rows.groupby("block")["delta"].mean() for e, rows in told[told["whole"]].groupby("effect")}
     points: dict[str, dict[str, Any]] = {}
     gains: dict[str, float] = {}
     for operand in space.operands:
-        best = proven.get(f"enhance {operand}", pd.Series(dtype=float)).nlargest(config.probe.chosen)
+        best = effects.get(f"enhance {operand}", pd.Series(dtype=float)).nlargest(config.probe.chosen)
         best = best[best > 0]
         if len(best):
             scale, name = min(config.probe.scale, space.max_scale), f"probe: louder {operand}"
             louder = {f"scale_{i}": scale for i, blocks in enumerate(groups) if set(blocks) & set(best.index)}
-            points[name] = plain | {"operand": operand} | louder
+            points[name] = plain | {"operand": operand, "text_window": longest_window(space)} | louder
             gains[name] = float(best.sum())
     if "reuse" in effects and space.reuse_every:
         # blocks that the table does not have are taken for those that reuse harms most
@@ -94,7 +93,7 @@ def suggested(table: Any, config: Config, num_blocks: int) -> dict[str, dict[str
         if gains:
             points["probe: reuse and louder"] = points[max(gains, key=gains.__getitem__)] | reuse
     if "remove" in effects and space.skip:
-        points["probe: skip"] = plain | {"skip": int(proven["remove"].idxmax()), "skip_from": 0.5}
+        points["probe: skip"] = plain | {"skip": int(effects["remove"].idxmax()), "skip_from": 0.5}
     return points
 
 
@@ -103,7 +102,9 @@ def published(config: Config, model: ModelIdentity) -> dict[str, dict[str, Any]]
     space, points = config.space, {}
     for transformer, num_blocks, blocks, scale, origin in PUBLISHED:
         fits = (model.transformer, model.num_blocks) == (transformer, num_blocks) and space.bands >= num_blocks
-        if fits and "input" in space.operands and 1.0 in space.text_until and scale <= space.max_scale:
-            louder = {"operand": "input", "text_until": 1.0} | {f"scale_{b}": scale for b in blocks}
+        longest = longest_window(space)
+        whole = text_windows(space)[longest] == WHOLE_RUN
+        if fits and "input" in space.operands and whole and scale <= space.max_scale:
+            louder = {"operand": "input", "text_window": longest} | {f"scale_{b}": scale for b in blocks}
             points[origin] = anchors(config, num_blocks)["unmodified"] | louder
     return points

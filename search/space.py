@@ -39,13 +39,24 @@ def guidance_ends_of(config: Config) -> tuple[float, ...]:
     return tuple(sorted({*config.space.guidance_until})) if config.generation.guidance_scale > 1 else ()
 
 
+def text_windows(space: Space) -> dict[str, tuple[float, float]]:
+    """Where text may be louder, by the name of the choice: Optuna stores no pairs."""
+    return {f"{start:g}-{end:g}": (start, end) for start, end in space.text_windows}
+
+
+def longest_window(space: Space) -> str:
+    """The choice that keeps text louder for longest."""
+    windows = text_windows(space)
+    return max(windows, key=lambda name: windows[name][1] - windows[name][0])
+
+
 def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distributions.BaseDistribution]:
     """Optuna's view of the space. Actions are categorical (ordinal ones mislead TPE), scales lie on a log axis."""
     categorical, real = optuna.distributions.CategoricalDistribution, optuna.distributions.FloatDistribution
     space = config.space
     choices: dict[str, optuna.distributions.BaseDistribution] = {
         "operand": categorical((QUIET, *space.operands)),
-        "text_until": categorical(space.text_until),
+        "text_window": categorical(tuple(text_windows(space))),
         "reuse_from": categorical(space.reuse_from),
     }
     if len(steps_of(config)) > 1:
@@ -77,7 +88,7 @@ def suggest(trial: optuna.Trial, space: dict[str, optuna.distributions.BaseDistr
 def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name: str) -> Candidate:
     """The policy that `params` spell. A scale within 2 % of 1 is no action; a skipped block does nothing else."""
     skipped = params["skip"] if params.get("skip_from", NEVER) < NEVER else None
-    rules = []
+    rules, windows = [], text_windows(config.space)
     for i, blocks in enumerate(bands(config.space, model.num_blocks)):
         acting = tuple(block for block in blocks if block != skipped)
         if not acting:
@@ -85,7 +96,7 @@ def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name
         scale = round(params[f"scale_{i}"], 3)
         if params["operand"] != QUIET and scale > 1.02:
             action = ScaleText(operand=params["operand"], scale=scale)
-            rules.append(Rule(blocks=acting, window=(0.0, params["text_until"]), action=action))
+            rules.append(Rule(blocks=acting, window=windows[params["text_window"]], action=action))
         if params[f"reuse_{i}"] > 1:
             action = Reuse(every=params[f"reuse_{i}"])
             rules.append(Rule(blocks=acting, window=(params["reuse_from"], 1.0), action=action))
@@ -126,7 +137,9 @@ def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
     """
     space, own = config.space, config.generation
     count = len(bands(space, num_blocks))
-    plain: dict[str, Any] = {"operand": QUIET, "text_until": space.text_until[-1]}
+    windows = tuple(text_windows(space))
+    # of choices that do nothing here the middle ones: a sampler takes what good points have for good
+    plain: dict[str, Any] = {"operand": QUIET, "text_window": windows[len(windows) // 2]}
     plain |= {"reuse_from": space.reuse_from[len(space.reuse_from) // 2]}
     plain |= {f"scale_{i}": 1.0 for i in range(count)} | {f"reuse_{i}": 1 for i in range(count)}
     if space.skip:
@@ -143,6 +156,8 @@ def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
         points[f"late reuse {every}"] = plain | {f"reuse_{i}": every for i in range(count)}
     louder = "value" if "value" in space.operands else space.operands[0]
     points["all text up"] = (
-        plain | {"operand": louder} | {f"scale_{i}": min(1.25, space.max_scale) for i in range(count)}
+        plain
+        | {"operand": louder, "text_window": longest_window(space)}
+        | {f"scale_{i}": min(1.25, space.max_scale) for i in range(count)}
     )
     return points

@@ -21,16 +21,13 @@ ORIGINS = ("probe: louder value", "probe: reuse", "probe: reuse and louder", "pr
 def rows(effect: str, deltas: dict[int, float]) -> list[dict[str, Any]]:
     told = [{"block": b, "effect": effect, "window": "0-1", "kind": "all", "delta": d} for b, d in deltas.items()]
     # what one kind of prompts says is not asked
-    told += [row | {"kind": "single", "delta": -row["delta"]} for row in told]
-    return [row | {"whole": True} for row in told]
+    return told + [row | {"kind": "single", "delta": -row["delta"]} for row in told]
 
 
 def table() -> pd.DataFrame:
     """Louder text helps at blocks 4 and 5 and nothing helps by its key; 9 is idle, reuse harms the first blocks."""
     return pd.DataFrame(
         rows("enhance value", {3: -0.01, 4: 0.02, 5: 0.01})
-        # fell out on a part of the pictures, so it is no suggestion, however good it looked
-        + [row | {"whole": False} for row in rows("enhance value", {11: 9.0})]
         + rows("enhance key", {0: -0.03, 1: -0.01})
         + rows("reuse", {b: -0.02 for b in range(3)} | {b: -0.001 * (12 - b) for b in range(3, 9)})
         + rows("remove", {9: 0.0, 10: -0.05})
@@ -54,6 +51,7 @@ def test_bands_do_what_their_blocks_suggest(model: ModelIdentity) -> None:
     rules = {name: candidate(point, config, model, name).policy.rules for name, point in points.items()}
     (louder,) = rules["probe: louder value"]
     assert (louder.blocks, louder.action) == ((3, 4, 5), ScaleText(operand="value", scale=1.5))
+    assert louder.window == (0.0, 1.0)
     # no block of the last band was worth the probe's time, so two of the other three reuse
     reusing = {r.blocks: r.action for r in rules["probe: reuse"]}
     assert reusing == {(3, 4, 5): Reuse(every=6), (6, 7, 8): Reuse(every=6)}
@@ -110,7 +108,7 @@ def test_what_is_no_probe_of_this_model_is_one_sentence(tmp_path: Path) -> None:
     for name in ("text.parquet", "scores.parquet"):
         with pytest.raises(ConfigError, match=r"accepted: the probe\.parquet that blocktune probe writes"):
             read_probe(prior(tmp_path / name))
-    with pytest.raises(ConfigError, match="has a block 11; this model's are 0 to 5"):
+    with pytest.raises(ConfigError, match="has a block 10; this model's are 0 to 5"):
         suggested(table(), Config(), 6)
 
 
@@ -123,4 +121,6 @@ def test_a_published_list_is_tried_where_model_and_space_have_it(model: ModelIde
     assert {r.action for r in rules} == {ScaleText(operand="input", scale=1.5)}
     assert published(Config(space=Space(bands=57)), flux) == {}  # no operand `input`
     assert published(Config(space=Space(bands=4, operands=("input",))), flux) == {}
+    part = Space(bands=57, operands=("input",), text_windows=((0.0, 0.5), (0.5, 1.0)))
+    assert published(Config(space=part), flux) == {}  # none that lasts the whole run
     assert published(whole, model) == {}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from blocktune.policies import Plan
+from blocktune.policies import Plan, ScaleText
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Config, Generation, Space
 from blocktune.search.front import short
@@ -33,6 +33,7 @@ spaces = st.builds(
     guidance_scale=st.sampled_from([(), (4.0, 8.5), (6.0,), (8.5, 6.0, 4.0, 4.0)]),
     guidance_until=st.sampled_from([(), (0.4,), (0.6, 0.3, 0.3)]),
     operands=st.sampled_from([("input",), ("key", "value", "logit"), ("input", "value")]),
+    text_windows=st.sampled_from([((0.0, 1.0),), ((0.0, 0.15), (0.1, 0.95), (0.3, 0.35))]),
 )  # fmt: skip
 configs = st.builds(
     lambda space: Config(space=space, generation=Generation(num_inference_steps=20, guidance_scale=OWN)), spaces
@@ -56,6 +57,8 @@ def test_every_proposal_is_a_policy_that_plans(model: ModelIdentity, drawn: tupl
     assert {len(row) for row in kinds} == {12}
     skipped = {i for row in kinds for i, kind in enumerate(row) if kind == "skip"}
     assert skipped == ({values["skip"]} if values.get("skip_from", NEVER) < NEVER else set())
+    louder = {rule.window for rule in chosen.policy.rules if isinstance(rule.action, ScaleText)}
+    assert louder <= {tuple(map(float, values["text_window"].split("-")))}
     if all(values[f"reuse_{i}"] == 1 for i in range(len(bands(config.space, 12)))):
         assert "reuse" not in {kind for row in kinds for kind in row}
 
