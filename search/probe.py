@@ -5,14 +5,15 @@ by picture with the unmodified model, for all prompts and for each kind. Control
 block, which must change nothing; and on held-out prompts the best blocks together against random sets of their size and
 against all blocks at the same budget.
 
-Coarse to fine, by successive halving (Jamieson and Talwalkar, arXiv 1502.07943): every block on a few pictures, of each
-effect the better half of them on twice as many, and so on, at last the best on all.
+Coarse to fine: every block on a few pictures, then, as far as the budget goes, more of those blocks of which is least
+settled whether they are among the best of their effect.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +23,7 @@ import pandas as pd
 from ..evaluators import get, paired_interval, scale_of
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from ..policies.policy import ModelIdentity
+from .allocation import least_settled
 from .candidate import Candidate
 from .config import Config, ConfigError
 from .config import Probe as ProbeConfig
@@ -59,10 +61,13 @@ class Part:
     split: str = "search"
     scale: float | None = None  # the config's when not given
 
+    def __str__(self) -> str:
+        return f"{self.effect} {list(self.blocks)}"
+
     def policy(self, model: ModelIdentity, scale: float) -> BlockPolicy:
         action = EFFECTS[self.effect][0](self.scale or scale)
         rule = Rule(blocks=self.blocks, window=self.window, action=action)
-        return BlockPolicy(name=f"{self.effect} {list(self.blocks)}", model=model, rules=(rule,))
+        return BlockPolicy(name=str(self), model=model, rules=(rule,))
 
 
 class Probe:
@@ -77,34 +82,37 @@ class Probe:
         self.refused: dict[str, str] = {}  # effects that the model does not know, and why
 
     def measure(self) -> Table:
-        """All blocks under all effects: block, effect, window, kind, delta, low, high, n, psnr, whole; written as well.
+        """All blocks under all effects: block, effect, window, kind, delta, low, high, n, psnr; written as well.
 
-        `whole` tells blocks that had all pictures from those that fell out on a part of them. Differences of
-        alignment and their ends are in shares of what counts as 100 points. ConfigError where the model refuses all.
+        Differences of alignment and their ends are in shares of what counts as 100 points, `n` are the pictures that a
+        block had. ConfigError where the model refuses all.
         """
         probe, blocks = self.config.probe, self.model.num_blocks
         self._baseline("search")
         self._tell_cost()
-        ranked: dict[Case, list[int]] = {(e, w): list(range(blocks)) for w in probe.windows for e in probe.effects}
-        furthest: dict[tuple[Case, int], Part] = {}
-        for images, count in rounds(probe, blocks, self.images):
-            parts = {
-                (case, block): Part(case[0], (block,), case[1], images)
-                for case, best in ranked.items()
-                for block in best[:count]
-            }
-            gains = self._run(f"blocks on {images} pictures", list(parts.values()))
-            furthest |= parts
-            ranked = {
-                case: sorted(best[:count], key=lambda block, case=case: -gains[parts[case, block]])
-                for case, best in ranked.items()
-                if case[0] not in self.refused
-            }
-            if not ranked:
+        parts: dict[tuple[Case, int], Part] = {}
+        gains: dict[Case, list[np.ndarray]] = {}
+        picked = [((effect, w), b) for w in probe.windows for effect in probe.effects for b in range(blocks)]
+        self.display.stage("blocks", math.ceil(pictures(probe, blocks, self.images) / probe.first_images))
+        while picked:
+            for case, block in picked:
+                before = parts[case, block].images if (case, block) in parts else 0
+                images = min(before + probe.first_images, self.images)
+                parts[case, block] = Part(case[0], (block,), case[1], images)
+            self._run([parts[one] for one in picked])
+            for case, block in picked:
+                if case[0] not in self.refused:
+                    gains.setdefault(case, [np.empty(0)] * blocks)[block] = self._gains(parts[case, block])
+            gains = {case: known for case, known in gains.items() if case[0] not in self.refused}
+            if not gains:
                 reasons = "; ".join(f"{effect}: {reason}" for effect, reason in self.refused.items())
                 raise ConfigError(f"probe.effects has nothing that this model does: {reasons}")
-        order = sorted(furthest.items(), key=lambda item: -item[1].images)
-        table = self._table([part for (case, _), part in order if case in ranked])
+            room = probe.share * len(gains) * blocks * self.images - sum(len(b) for g in gains.values() for b in g)
+            # few, for each picture drawn may change which they are; many, for every worker to have one
+            wanted = least_settled(gains, probe.chosen, self.images, math.ceil(len(gains) * blocks / 8))
+            sizes = [min(probe.first_images, self.images - parts[one].images) for one in wanted]
+            picked = [one for one, drawn in zip(wanted, accumulate(sizes), strict=True) if drawn <= room]
+        table = self._table([part for (case, _), part in parts.items() if case in gains])
         self._write(table, "probe.parquet")
         return table
 
@@ -115,15 +123,14 @@ class Probe:
         """
         probe = self.config.probe
         louder = table[(table["kind"] == "all") & table["effect"].str.startswith("enhance")]
-        louder = louder[louder["whole"] & (louder["effect"] != "enhance input")]  # acts on later blocks, too
+        louder = louder[louder["effect"] != "enhance input"]  # acts on later blocks, too
         if louder.empty:
             return pd.DataFrame()
         self._baseline("confirm")
         best = louder.nlargest(probe.chosen, "delta")
-        effect = str(best.groupby("effect")["delta"].sum().idxmax())
-        window = _window(str(louder[louder["effect"] == effect]["window"].iloc[0]))
-        ranked = louder[louder["effect"] == effect].nlargest(probe.chosen, "delta")
-        chosen = tuple(sorted(int(b) for b in ranked["block"]))
+        effect, told = best.groupby(["effect", "window"])["delta"].sum().idxmax()
+        ranked = louder[(louder["effect"] == effect) & (louder["window"] == told)].nlargest(probe.chosen, "delta")
+        window, chosen = _window(told), tuple(sorted(int(b) for b in ranked["block"]))
         rng = np.random.default_rng(self.config.search.seed)
         blocks = self.model.num_blocks
         sets = {"chosen": Part(effect, chosen, window, self.images, "confirm")}
@@ -135,7 +142,9 @@ class Probe:
         if "enhance input" in probe.effects and "enhance input" not in self.refused:
             # twice as loud: 1.5 times rounds in bfloat16, which alone changed a picture and its score
             sets["last block, no-op"] = Part("enhance input", (blocks - 1,), (0.0, 1.0), self.images, "confirm", 2.0)
-        self._run("controls", list(dict.fromkeys(sets.values())))
+        parts = list(dict.fromkeys(sets.values()))
+        self.display.stage("controls", len(parts))
+        self._run(parts)
         rows = []
         for name, part in sets.items():
             told = self._deltas(part, "all")
@@ -169,8 +178,8 @@ class Probe:
         digest = hashlib.sha256(f"{policy.digest}-{part.split}".encode()).hexdigest()
         return f"probe-{digest[:16]}"
 
-    def _run(self, stage: str, parts: list[Part]) -> dict[Part, float]:
-        """Measure what is missing; how far each part helps alignment, or needs the text, on average."""
+    def _run(self, parts: list[Part]) -> None:
+        """Measure what is missing; an effect that fails is refused from now on."""
         steps = self.config.generation.num_inference_steps
 
         def keep(job: Job) -> None:
@@ -178,7 +187,7 @@ class Probe:
             if known is not None:
                 scores = {name: np.concatenate([known[name], values]) for name, values in scores.items()}
             self.run.write_scores(self._name(part), self.prompts[part.split][: part.images], scores)
-            self.display.advance(f"{part.effect} {list(part.blocks)}")
+            self.display.advance(str(part))
 
         jobs = []
         for part in parts:
@@ -187,15 +196,20 @@ class Probe:
             if drawn < part.images:
                 one = Candidate(part.policy(self.model, self.config.probe.scale), steps)
                 jobs.append(Job("measure", (one, part.split, self._reference, part.images, drawn), (part, known)))
-        self.display.stage(stage, len(jobs))
+            else:
+                self.display.advance(str(part))
         failed = self.pool.try_all(jobs, keep)
         for job in failed:
             part, _ = job.tag
             self.refused.setdefault(part.effect, str(job.error))
         for effect, reason in self.refused.items():
             self.display.say(f"{effect} is left out: {reason}")
-        kept = (p for p in parts if p.effect not in self.refused)
-        return {p: EFFECTS[p.effect][1] * self._deltas(p, "all")["delta"] for p in kept}
+
+    def _gains(self, part: Part) -> np.ndarray:
+        """How far each picture so far was helped, or needs the text, of shape (pictures,)."""
+        name = self.config.objectives.alignment
+        after = self.run.read_scores(self._name(part))[name].to_numpy()[: part.images]
+        return EFFECTS[part.effect][1] * (after - self._before[name].to_numpy()[: part.images])
 
     def _scores(self, part: Part) -> Table | None:
         """Those of a change that are known, of the first so many prompts; None where none are."""
@@ -221,7 +235,6 @@ class Probe:
         rows = [
             {"block": p.blocks[0], "effect": p.effect, "window": f"{p.window[0]:g}-{p.window[1]:g}", "kind": kind}
             | self._deltas(p, kind)
-            | {"whole": p.images == self.images}
             for p in parts
             for kind in ["all", *dict.fromkeys(prompt.kind for prompt in prompts[: p.images])]
         ]
@@ -233,22 +246,10 @@ class Probe:
         beside.replace(self.run.path / name)
 
 
-def rounds(probe: ProbeConfig, num_blocks: int, images: int) -> Iterator[tuple[int, int]]:
-    """Of each round, pictures that a block then has, at last `images`, and how many blocks of an effect get so far."""
-    drawn, blocks, chosen = probe.first_images, num_blocks, min(probe.chosen, num_blocks)
-    while drawn < images:
-        yield drawn, blocks
-        drawn, blocks = 2 * drawn, max(chosen, math.ceil(blocks / 2))
-    yield images, chosen if drawn > probe.first_images else num_blocks
-
-
 def pictures(probe: ProbeConfig, num_blocks: int, images: int) -> int:
-    """How many are drawn of blocks under all effects."""
-    total = before = 0
-    for drawn, blocks in rounds(probe, num_blocks, images):
-        total += (drawn - before) * blocks
-        before = drawn
-    return total * len(probe.effects) * len(probe.windows)
+    """How many are drawn at most of blocks under all effects, where `images` are all of a block."""
+    cases = num_blocks * len(probe.effects) * len(probe.windows)
+    return max(cases * min(probe.first_images, images), int(probe.share * cases * images))
 
 
 def _window(told: str) -> tuple[float, float]:
@@ -258,7 +259,7 @@ def _window(told: str) -> tuple[float, float]:
 
 def best_blocks(table: Table, effect: str, count: int) -> list[int]:
     """The `count` blocks that an effect marks as the best, over all windows, best first."""
-    rows = table[(table["effect"] == effect) & (table["kind"] == "all") & table["whole"]]
+    rows = table[(table["effect"] == effect) & (table["kind"] == "all")]
     means = rows.groupby("block")["delta"].mean() * EFFECTS[effect][1]
     return [int(b) for b in means.nlargest(count).index]
 

@@ -21,7 +21,7 @@ from .run_directory import RunDirectory
 def draw(run: RunDirectory) -> Path:
     """`probe.png`: a map of block x effect for each kind of prompt; a dot marks an interval that leaves out zero.
 
-    The area of a cell is its share of the pictures: blocks that fell out early are small, for they are known less well.
+    The area of a cell is its share of the pictures: what was soon settled is small, for it is known less well.
     """
     table: Table = pd.read_parquet(run.path / "probe.parquet")
     num_blocks = int(table["block"].max()) + 1

@@ -570,7 +570,7 @@ async function probing(width) {
       el("span", {}, patch("gain", 0.3), patch("gain", 0.65), patch("gain", 1), "gain"), el("span", {}, patch("loss", 0.3), patch("loss", 0.65), patch("loss", 1), "loss"),
       el("span", {}, `up to ${most.toFixed(0)} points, shaded by the root`),
       el("span", {}, el("svg", { width: 10, height: 14, "aria-hidden": true }, el("circle", { class: "sure", cx: 5, cy: 7, r: 2.4 })), "the 95 % interval leaves out zero"),
-      p.n.some((_, i) => part(i) < 1) && el("span", {}, patch("loss", 0.65, 0.4), "small: fell out on fewer pictures"),
+      p.n.some((_, i) => part(i) < 1) && el("span", {}, patch("loss", 0.65, 0.4), "small: of fewer pictures"),
       el("span", {}, patch("unmeasured"), "not measured")),
     el("div", { class: "maps", "--across": across }, kinds.map((kind) => {
       const at = new Map();

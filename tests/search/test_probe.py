@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,20 +12,20 @@ import torch
 from blocktune.evaluators import load_prompts
 from blocktune.policies import BlockPolicy, Rule, Skip
 from blocktune.policies.policy import ModelIdentity
+from blocktune.search.allocation import least_settled
 from blocktune.search.config import ConfigError, load_config
 from blocktune.search.config import Probe as ProbeConfig
 from blocktune.search.generation import embed, generate, load
-from blocktune.search.probe import EFFECTS, Part, Probe, best_blocks, pictures, rounds
+from blocktune.search.probe import EFFECTS, Part, Probe, best_blocks, pictures
 from blocktune.search.progress import Display
 from blocktune.search.run_directory import RunDirectory
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 BLOCKS = 12
 SHOWN = ("remove", "disable", "enhance value", "enhance input")
 PROBE = [
-    "--set", "probe.images=3", "--set", "probe.first_images=1", "--set", "probe.random_sets=2",
+    "--set", "probe.images=3", "--set", "probe.first_images=1", "--set", "probe.share=0.6",
+    "--set", "probe.random_sets=2",
     "--set", "probe.chosen=2", "--set", f"probe.effects={json.dumps(SHOWN)}",
 ]  # fmt: skip
 
@@ -45,61 +44,59 @@ def probed(world):
     return world.cwd / "runs" / "tiny", done.stderr + done.stdout
 
 
-def _means_of_first(run, effect: str, count: int) -> dict[int, float]:
-    """By block the mean difference of alignment on the first pictures, from the stored scores."""
+def _gains(run, effect: str) -> list[np.ndarray]:
+    """By block how far each of its pictures was helped, or needs the text, from the stored scores."""
     config = RunDirectory.existing(run).load_config()
     model = ModelIdentity.of(load(config.model.path, "cpu", torch.float32))
-    means = {}
+    gains = []
     for block in range(BLOCKS):
-        policy = Part(effect, (block,), (0.0, 1.0), count).policy(model, config.probe.scale)
+        policy = Part(effect, (block,), (0.0, 1.0), 3).policy(model, config.probe.scale)
         name = f"probe-{hashlib.sha256(f'{policy.digest}-search'.encode()).hexdigest()[:16]}"
         tables = (pd.read_parquet(run / "scores" / f"{n}.parquet") for n in (name, "unmodified"))
-        after, before = (table[config.objectives.alignment] for table in tables)
-        if len(after) >= count:
-            means[block] = float((after - before)[:count].mean())
-    return means
+        after, before = (table[config.objectives.alignment].to_numpy() for table in tables)
+        gains.append(EFFECTS[effect][1] * (after - before[: len(after)]))
+    return gains
 
 
-def test_the_better_half_of_the_blocks_has_twice_as_many_pictures(probed):
+def _shown(run, effect: str) -> pd.DataFrame:
+    table = pd.read_parquet(run / "probe.parquet")
+    return table[(table["effect"] == effect) & (table["kind"] == "all")].set_index("block")
+
+
+def test_every_block_has_its_first_pictures_and_the_least_settled_more(probed):
+    """The draws are made again from the stored scores alone, by the rule that least_settled is tested for."""
     run, _ = probed
     table = pd.read_parquet(run / "probe.parquet")
-    everything = table[table["kind"] == "all"]
+    drawn = {effect: _shown(run, effect)["n"].to_dict() for effect in SHOWN}
+    assert all(sorted(blocks) == list(range(BLOCKS)) for blocks in drawn.values())
+    counts = [n for blocks in drawn.values() for n in blocks.values()]
+    # 0.6 of three pictures of 48 blocks: one of each, and then by sixes
+    assert (min(counts), max(counts), sum(counts)) == (1, 3, 86)
+    gains = {effect: _gains(run, effect) for effect in SHOWN}
+    shown = {effect: [block[:1] for block in blocks] for effect, blocks in gains.items()}
+    while left := 86 - sum(len(block) for blocks in shown.values() for block in blocks):
+        for effect, block in least_settled(shown, 2, 3, 6)[:left]:
+            shown[effect][block] = gains[effect][block][: len(shown[effect][block]) + 1]
+    assert {e: dict(enumerate(map(len, blocks))) for e, blocks in shown.items()} == drawn
     for effect in SHOWN:
-        rows = everything[everything["effect"] == effect].set_index("block")
-        assert sorted(rows.index) == list(range(BLOCKS))
-        assert (rows["whole"] == (rows["n"] == 3)).all()
-        for drawn, blocks in ((1, BLOCKS), (2, 6)):
-            means = _means_of_first(run, effect, drawn)
-            went_on = set(rows.index[rows["n"] > drawn])
-            assert (len(means), len(went_on)) == (blocks, 6 if drawn == 1 else 2)
-            gains = {block: EFFECTS[effect][1] * mean for block, mean in means.items()}
-            assert min(gains[b] for b in went_on) >= max(gains[b] for b in gains if b not in went_on)
-        assert set(best_blocks(table, effect, 2)) == set(rows.index[rows["whole"]])
+        means = {block: values.mean() for block, values in enumerate(shown[effect])}
+        assert sorted(best_blocks(table, effect, 2)) == sorted(sorted(means, key=lambda b: -means[b])[:2])
     assert set(table["kind"]) == {"all", "single", "colors", "counting"}
     assert (table["n"] > 0).all()
-    several = everything[everything["n"] > 1]
+    several = table[(table["kind"] == "all") & (table["n"] > 1)]
     assert (several["low"] <= several["delta"]).all()
     assert (several["delta"] <= several["high"]).all()
     assert table[table["n"] == 1]["low"].isna().all()  # one prompt has no interval
 
 
-@given(st.integers(1, 70), st.integers(1, 5), st.integers(1, 100), st.integers(1, 100))
-def test_rounds_double_the_pictures_and_halve_the_blocks(num_blocks, chosen, first, images):
-    told = list(rounds(ProbeConfig(chosen=chosen, first_images=first), num_blocks, images))
-    assert told[-1][0] == images
-    assert told[0][1] == num_blocks
-    assert all(after[0] <= 2 * before[0] and after[0] > before[0] for before, after in pairwise(told))
-    assert all(after[1] <= before[1] for before, after in pairwise(told))
-    assert len(told) == 1 or told[-1][1] == min(chosen, num_blocks)
-    assert len(told) == 1 or told[0][0] == first
-
-
 @pytest.mark.parametrize("num_blocks", [12, 24, 38, 57, 60])
-def test_the_default_draws_less_than_two_fifths(num_blocks):
+def test_the_default_draws_two_fifths(num_blocks):
     probe = ProbeConfig()
-    full = probe.model_copy(update={"first_images": probe.images})
+    full = probe.model_copy(update={"share": 1.0})
     assert pictures(full, num_blocks, probe.images) == len(probe.effects) * num_blocks * probe.images
-    assert pictures(probe, num_blocks, probe.images) <= 0.4 * pictures(full, num_blocks, probe.images)
+    assert pictures(probe, num_blocks, probe.images) == int(0.4 * pictures(full, num_blocks, probe.images))
+    few = probe.model_copy(update={"share": 0.01})
+    assert pictures(few, num_blocks, 5) == len(probe.effects) * num_blocks * 5  # the first are drawn at any rate
 
 
 def test_a_difference_is_that_of_the_block_itself(world, probed, tiny_model):
@@ -138,15 +135,19 @@ def test_the_picture_is_there(probed):
 
 def test_the_cost_is_told_first_and_nothing_is_measured_twice(world, probed):
     run, printed = probed
-    # 4 effects, each of 12 blocks on one picture, 6 of them on one more, and 2 of these on a third
-    assert re.search(r"probing draws 80 pictures, 56 % .*\n(.*\n)*.*blocks on 1 pictures 1/48", printed)
+    # 4 effects, each of 12 blocks on three pictures, make 144
+    assert re.search(r"probing draws 86 pictures, 60 % .*\n(.*\n)*.*blocks 1/86", printed)
     calls = (world.folder / "faults" / "calls").stat().st_size
     before = pd.read_parquet(run / "probe.parquet")
+    lacking = (_shown(run, "remove")["n"] < 3).sum()
+    assert lacking
+    # all at a time, so that each block which lacks any is drawn once
     world.run("probe", world.config, *PROBE, "--set", "probe.first_images=3", "--set", 'probe.effects=["remove"]')
-    assert (world.folder / "faults" / "calls").stat().st_size == calls + BLOCKS - 2
+    assert (world.folder / "faults" / "calls").stat().st_size == calls + lacking
     full = pd.read_parquet(run / "probe.parquet")
-    assert len(full[full["kind"] == "all"]) == BLOCKS
-    known = before[(before["effect"] == "remove") & before["whole"]].set_index(["block", "kind"])["delta"]
+    assert full[full["kind"] == "all"]["n"].tolist() == [3] * BLOCKS
+    whole = before.groupby(["effect", "block"])["n"].transform("max") == 3
+    known = before[(before["effect"] == "remove") & whole].set_index(["block", "kind"])["delta"]
     assert full.set_index(["block", "kind"])["delta"].loc[known.index].tolist() == known.tolist()
 
 
@@ -176,8 +177,7 @@ def test_best_blocks_are_those_that_help_or_need_the_text():
         for effect in ("remove", "disable")
         for b in range(6)
     ]
-    fell = {"block": 7, "effect": "remove", "window": "0-1", "kind": "all", "delta": 9.0, "whole": False}
-    table = pd.DataFrame([row | {"whole": True} for row in rows] + [fell])
+    table = pd.DataFrame(rows)
     assert best_blocks(table, "remove", 2) == [5, 4]
     assert best_blocks(table, "disable", 2) == [0, 1]
 

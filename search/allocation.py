@@ -1,0 +1,40 @@
+"""Which blocks a probe draws more pictures of: those of which is least settled whether they are among the best.
+
+By gaps and variances, as in multi-bandit best arm identification (Gabillon et al., NeurIPS 2011), for several best ones
+(Bubeck et al., ICML 2013): each effect in a window is a bandit, whose arms are the blocks, and all share one budget.
+What is sought is a block's mean over all pictures, of which nothing is unknown when all of them are drawn.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+C = TypeVar("C", bound=Hashable)
+# Pictures for which the variance of all blocks counts beside a block's own: a few that happen to be alike prove little.
+PRIOR = 12
+
+
+def least_settled(gains: Mapping[C, Sequence[np.ndarray]], best: int, images: int, count: int) -> list[tuple[C, int]]:
+    """At most `count` cases with a block, the least settled first, of those that have fewer than `images` pictures.
+
+    `gains` are by case and block how much each picture so far gained, of shape (n,), n at least 1; the `best` with the
+    highest means over all `images` are sought. A block is as settled as its mean is far from that of the nearest block
+    on the other side of the border, in standard errors of its own.
+    """
+    certainty: dict[tuple[C, int], float] = {}
+    for case, blocks in gains.items():
+        drawn = np.array([len(block) for block in blocks])
+        means = np.array([block.mean() for block in blocks])
+        spread = np.array([block.var() for block in blocks])
+        variance = (drawn * spread + PRIOR * spread.mean()) / (drawn + PRIOR)
+        errors = np.sqrt(variance / drawn * (1 - drawn / images))
+        order = np.argsort(-means, kind="stable")
+        gaps = np.full(len(blocks), np.inf)
+        if len(blocks) > best:
+            gaps[order[:best]] = means[order[:best]] - means[order[best]]
+            gaps[order[best:]] = means[order[best - 1]] - means[order[best:]]
+        for block in np.flatnonzero(drawn < images):
+            certain = gaps[block] / errors[block] if errors[block] else np.inf
+            certainty[case, int(block)] = certain if gaps[block] else 0.0
+    return sorted(certainty, key=certainty.__getitem__)[:count]
