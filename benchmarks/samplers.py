@@ -33,25 +33,28 @@ SAMPLERS = ("tpe", "gp", "nsgaii", "random")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """How much is measured: a search ends with so many candidates that differ, for equal ones cost nothing."""
 
-    trials: int
-    pictures: int
+    candidates: int
+    pictures: int  # of each
     seeds: int
     overrides: tuple[str, ...] = ()
 
 
-SIZES = {"full": Size(100, 96, 5), "tiny": Size(9, 2, 2, ("generation.num_inference_steps=5",))}
+SIZES = {"full": Size(200, 96, 5), "tiny": Size(9, 2, 2, ("generation.num_inference_steps=5",))}
 
 
 def curve(bench: Workbench, sampler: str, seed: int, size: Size) -> list[tuple[int, float]]:
     """Pictures drawn and hypervolume, after each trial of one search."""
     baseline = bench.baseline(bench.costs().run_seconds, "search", size.pictures)
     drawn, points, told = 0, [], []
-    for proposal in islice(proposals(bench, sampler, size.pictures, seed), size.trials):
+    # a sampler that has nothing new to propose ends as well
+    for proposal in islice(proposals(bench, sampler, size.pictures, seed), 2 * size.candidates):
         drawn += size.pictures * proposal.new
         points = non_dominated([*points, proposal.point])
         told.append((drawn, hypervolume(points, baseline)))
+        if drawn >= size.pictures * size.candidates:
+            break
     return told
 
 
@@ -77,9 +80,9 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(stdtrit(n - 1, 0.975) * values.std(ddof=1) / n**0.5)
 
 
-def summary(curves: dict[str, list[list[tuple[int, float]]]], pictures: int, trials: int) -> dict[str, Any]:
+def summary(curves: dict[str, list[list[tuple[int, float]]]], pictures: int, candidates: int) -> dict[str, Any]:
     """Per sampler the curve on a common axis of pictures, and the end of it against random proposals, seed by seed."""
-    axis = list(range(pictures, pictures * trials + 1, pictures))
+    axis = list(range(pictures, pictures * candidates + 1, pictures))
     told: dict[str, Any] = {"pictures": axis}
     ends = {}
     for sampler, of_seeds in curves.items():
@@ -137,7 +140,7 @@ def main() -> None:
             drawn, volume = found[seed, sampler][-1]
             bench.say(f"seed {seed}, {sampler}: {drawn} pictures, hypervolume {volume:.3f}")
     curves = {sampler: [found[seed, sampler] for seed in range(size.seeds)] for sampler in SAMPLERS}
-    told = summary(curves, size.pictures, size.trials)
+    told = summary(curves, size.pictures, size.candidates)
     print()
     for sampler in SAMPLERS:
         mean, half = told[sampler]["mean"][-1], told[sampler]["half"][-1]

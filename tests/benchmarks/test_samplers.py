@@ -10,7 +10,7 @@ def test_a_curve_is_read_at_what_was_drawn_by_then():
     """Proposals that repeat draw nothing, so that the second search ends at 20 pictures and holds its volume."""
     of_seeds = [[(10, 1.0), (20, 2.0), (30, 4.0)], [(10, 1.0), (10, 1.0), (20, 3.0)]]
     still = [[(10, 1.0), (20, 1.0), (30, 1.0)]] * 2
-    told = summary({"tpe": of_seeds, "random": still}, pictures=10, trials=3)
+    told = summary({"tpe": of_seeds, "random": still}, pictures=10, candidates=3)
     assert told["pictures"] == [10, 20, 30]
     assert told["tpe"]["mean"] == [1.0, 2.5, 3.5]
     assert told["tpe"]["gain_over_random"][0] == pytest.approx(2.5)
