@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from blocktune.search.config import load_config
+from blocktune.search.config import Search, load_config
 from blocktune.search.front import hypervolume, non_dominated
 from scipy.special import stdtrit
 
@@ -48,8 +48,9 @@ def curve(bench: Workbench, sampler: str, seed: int, size: Size) -> list[tuple[i
     """Pictures drawn and hypervolume, after each trial of one search."""
     baseline = bench.baseline(bench.costs().run_seconds, "search", size.pictures)
     drawn, points, told = 0, [], []
+    search = Search.model_validate({"sampler": sampler, "seed": seed, "refine": 0})
     # a sampler that has nothing new to propose ends as well
-    for proposal in islice(proposals(bench, sampler, size.pictures, seed), 2 * size.candidates):
+    for proposal in islice(proposals(bench, search, size.pictures), 2 * size.candidates):
         drawn += size.pictures * proposal.new
         points = non_dominated([*points, proposal.point])
         told.append((drawn, hypervolume(points, baseline)))
@@ -69,7 +70,7 @@ def searched(args: argparse.Namespace, seed: int, sampler: str) -> list[tuple[in
     return curve(workbench(args, size), sampler, seed, size)
 
 
-def _begin(numbers: Any) -> None:
+def begin(numbers: Any) -> None:
     torch.set_num_threads(1)
     take_gpu(numbers.get())
 
@@ -104,6 +105,7 @@ def draw(told: dict[str, Any], path: Path) -> None:
         mean, half = np.array(told[sampler]["mean"]), np.array(told[sampler]["half"])
         (line,) = axis.plot(told["pictures"], mean, label=sampler, ls="--" if sampler == "random" else "-")
         axis.fill_between(told["pictures"], mean - half, mean + half, alpha=0.12, color=line.get_color(), lw=0)
+    axis.set_ylim(bottom=0.85 * told["random"]["mean"][-1])  # what comes first is the same for all
     axis.set_xlabel("pictures drawn")
     axis.set_ylabel("hypervolume on the search prompts")
     axis.spines[["top", "right"]].set_visible(False)
@@ -132,7 +134,7 @@ def main() -> None:
     numbers = context.Queue()
     for number in range(args.processes):
         numbers.put(number)
-    with ProcessPoolExecutor(args.processes, context, _begin, (numbers,)) as processes:
+    with ProcessPoolExecutor(args.processes, context, begin, (numbers,)) as processes:
         running = {processes.submit(searched, args, *search): search for search in searches}
         for done in as_completed(running):
             seed, sampler = running[done]

@@ -1,17 +1,19 @@
 """A search in one process, for benchmarks: space, anchors, samplers and race of `blocktune search` on a workbench."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import optuna
 from blocktune.search.config import Search
-from blocktune.search.front import Point, chance_to_hold, shortlist
+from blocktune.search.front import Point, chance_to_hold, non_dominated, shortlist
 from blocktune.search.prior import prior
 from blocktune.search.racing import Race, rounds
-from blocktune.search.space import anchors, candidate, distributions, steps_of, suggest
-from blocktune.search.study import new_sampler
+from blocktune.search.space import anchors, candidate, distributions, near, steps_of, suggest
+from blocktune.search.study import given, join_population, new_sampler
 
 from .workbench import Way, Workbench
 
@@ -26,18 +28,18 @@ class Proposal:
     new: bool  # not proposed before
 
 
-def proposals(
-    bench: Workbench, sampler: str, pictures: int, seed: int = 0, first: int | None = None
-) -> Iterator[Proposal]:
-    """Without end what `sampler` proposes, trial by trial, measured on so many of the search prompts.
+def proposals(bench: Workbench, search: Search, pictures: int, first: int | None = None) -> Iterator[Proposal]:
+    """Without end what a search of such a sampler, seed and refinement proposes, measured on so many search prompts.
 
     With `first` candidates race as in `blocktune search`, from so many pictures on. The anchors that lie in the space
     and what a search tries next come first, and latency is predicted, as in any search.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    config = bench.config.model_copy(update={"search": Search.model_validate({"sampler": sampler})})
+    config = bench.config.model_copy(update={"search": search})
     space, costs = distributions(config, bench.model.num_blocks), bench.costs()
-    study = optuna.create_study(directions=["maximize", "maximize", "minimize"], sampler=new_sampler(config, seed))
+    study = optuna.create_study(
+        directions=["maximize", "maximize", "minimize"], sampler=new_sampler(config, search.seed)
+    )
     known = [p for p in anchors(config, bench.model.num_blocks).values() if p["steps"] in steps_of(config)]
     known += prior(config, bench.model).values()
     for params in known:
@@ -45,9 +47,18 @@ def proposals(
     plain = bench.baseline(costs.run_seconds, "search", pictures)
     before = bench.matrix(Way("unmodified", "unmodified", bench.steps), "search", pictures)
     race, seen = Race(pictures, costs.run_seconds), dict[str, Proposal]()
-    while True:
-        trial = study.ask()
-        chosen = candidate(suggest(trial, space), config, bench.model, f"trial {trial.number}")
+    rng, whole = np.random.default_rng(search.seed), list[tuple[dict[str, Any], Point]]()  # those with all pictures
+    for asked in itertools.count():
+        beside = None
+        if asked >= len(known) and rng.random() < search.refine:
+            front = non_dominated(point for _, point in whole)
+            members = [params for params, point in whole if point in front]
+            beside = near(members, seen, config, bench.model, rng)
+        with given(study, beside):
+            trial = study.ask()
+            params = suggest(trial, space)
+        join_population(study, trial)
+        chosen = candidate(params, config, bench.model, f"trial {trial.number}")
         new = chosen.key not in seen
         if new:
             way = Way("blocktune", f"trial {trial.number}", chosen.steps, chosen.policy)
@@ -57,17 +68,18 @@ def proposals(
                 gains = (bench.matrix(way, "search", count) - before[:count]) / plain.scales
                 if count < pictures and not race.goes_on(gains, latency):
                     break
-            if len(gains) == pictures:
-                race.finish(gains, latency)
             alignment, quality = (plain.alignment, plain.quality) + gains.mean(axis=0) * plain.scales
             point = Point(way.name, float(alignment), float(quality), latency, way.key, way.steps)
+            if len(gains) == pictures:
+                race.finish(gains, latency)
+                whole.append((params, point))
             seen[chosen.key] = Proposal(way, point, gains, True)
         proposal = replace(seen[chosen.key], new=new)
         study.tell(trial, [proposal.point.alignment, proposal.point.quality, proposal.point.latency])
         yield proposal
 
 
-def searched(bench: Workbench, budget: int, pictures: int, first: int, count: int) -> list[Way]:
+def searched(bench: Workbench, search: Search, budget: int, pictures: int, first: int, count: int) -> list[Way]:
     """Those of a raced search's candidates that it would confirm, by estimates lowered by their standard error.
 
     It ends when `budget` pictures are drawn, or when a thousand proposals bring no more.
@@ -79,7 +91,7 @@ def searched(bench: Workbench, budget: int, pictures: int, first: int, count: in
     drawn = 0
     texts, held_out = [p.text for p in bench.prompts["search"][:pictures]], len(bench.prompts["confirm"])
     margins = bench.config.confirm.margin, bench.config.confirm.quality_margin
-    for proposal in islice(proposals(bench, "tpe", pictures, first=first), 1000):
+    for proposal in islice(proposals(bench, search, pictures, first), 1000):
         drawn += len(proposal.gains) * proposal.new
         if proposal.new and len(proposal.gains) == pictures:
             key = proposal.point.key

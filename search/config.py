@@ -169,6 +169,13 @@ class Search(_Section):
         default=None, description="trials in a row that may pass without 1 % more hypervolume"
     )
     sampler: Literal["tpe", "gp", "nsgaii", "random"] = "tpe"
+    refine: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of the candidates that are a member of the front with one choice changed by one notch; the "
+        "sampler proposes the others",
+    )
     seed: int = 0
     racing: bool = Field(
         default=True,

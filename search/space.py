@@ -1,8 +1,10 @@
 """The search space: a dozen choices that together spell a policy, and the anchors, known points of it or near it."""
 
+from collections.abc import Container, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import optuna
 
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
@@ -109,13 +111,13 @@ def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name
     return Candidate(policy, steps, guidance if guidance != own.guidance_scale else None)
 
 
-def neighbours(params: dict[str, Any], config: Config, model: ModelIdentity) -> list[Candidate]:
-    """What differs from `params` in one choice by one notch: the next of a list's values, a tenth of a scale's axis.
+def notches(params: dict[str, Any], config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
+    """`params` with one choice changed by one notch: the next of a list's values, a tenth of a scale's axis. By change.
 
-    Another operand is no notch, and what changes nothing is no neighbour.
+    Another operand is no notch.
     """
-    own, found = candidate(params, config, model, "itself"), dict[str, Candidate]()
-    for name, choice in distributions(config, model.num_blocks).items():
+    changed = {}
+    for name, choice in distributions(config, num_blocks).items():
         values: list[Any] = []
         if isinstance(choice, optuna.distributions.FloatDistribution):
             notch = (choice.high / choice.low) ** 0.1
@@ -123,11 +125,36 @@ def neighbours(params: dict[str, Any], config: Config, model: ModelIdentity) -> 
         elif isinstance(choice, optuna.distributions.CategoricalDistribution) and name != "operand":
             at = choice.choices.index(params[name])
             values = [choice.choices[i] for i in (at - 1, at + 1) if 0 <= i < len(choice.choices)]
-        for value in values:
-            near = candidate(params | {name: value}, config, model, f"{name} {value}")
-            if near.key != own.key:
-                found.setdefault(near.key, near)
+        changed |= {f"{name} {value}": params | {name: value} for value in values}
+    return changed
+
+
+def neighbours(params: dict[str, Any], config: Config, model: ModelIdentity) -> list[Candidate]:
+    """What is a notch away from `params` and does something else."""
+    own, found = candidate(params, config, model, "itself"), dict[str, Candidate]()
+    for name, changed in notches(params, config, model.num_blocks).items():
+        one = candidate(changed, config, model, name)
+        if one.key != own.key:
+            found.setdefault(one.key, one)
     return list(found.values())
+
+
+def near(
+    members: Sequence[dict[str, Any]],
+    known: Container[str],
+    config: Config,
+    model: ModelIdentity,
+    rng: np.random.Generator,
+) -> dict[str, Any] | None:
+    """The params of a neighbour of one of `members` whose key is not `known`, nor theirs; None where all are."""
+    for i in rng.permutation(len(members)):
+        own = candidate(members[i], config, model, "itself").key
+        changes = list(notches(members[i], config, model.num_blocks).values())
+        for j in rng.permutation(len(changes)):
+            key = candidate(changes[j], config, model, "near").key
+            if key != own and key not in known:
+                return changes[j]
+    return None
 
 
 def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:

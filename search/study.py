@@ -7,6 +7,8 @@ or `reason` last: on resume, one that has them is told again, any other is run a
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from .progress import Display
 from .prompts import read_prompts
 from .racing import Race, rounds
 from .run_directory import RunDirectory
-from .space import anchors, candidate, distributions, steps_of, suggest
+from .space import anchors, candidate, distributions, near, steps_of, suggest
 from .storage import STUDY, Storage, feasible, point_of, study_url
 from .tally import Tally
 from .tracking import Tracker
@@ -46,6 +48,28 @@ def new_sampler(config: Config, seed: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # of TPE's groups, which Optuna has had since 2.8
         return samplers[config.search.sampler]()
+
+
+@contextmanager
+def given(study: optuna.Study, params: dict[str, Any] | None) -> Iterator[None]:
+    """What is asked and suggested meanwhile has these choices, where there are any, and the sampler is not asked."""
+    sampler = study.sampler
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna has had it since 2.4
+        study.sampler = optuna.samplers.PartialFixedSampler(params, sampler) if params else sampler
+    try:
+        yield
+    finally:
+        study.sampler = sampler
+
+
+def join_population(study: optuna.Study, trial: optuna.Trial) -> None:
+    """Let a genetic sampler choose a trial as a parent, whose choices it has not proposed.
+
+    Optuna counts only what such a sampler proposed itself among its generations.
+    """
+    if isinstance(study.sampler, optuna.samplers.BaseGASampler):
+        study.sampler.get_trial_generation(study, study._storage.get_trial(trial._trial_id))
 
 
 def check_objectives(config: Config) -> None:
@@ -192,10 +216,24 @@ class Study:
         """Whether an anchor lies outside of the space: its sampler must not learn from it."""
         return params["steps"] not in steps_of(self.config)
 
+    def _near(self) -> dict[str, Any] | None:
+        """Every so often a neighbour of the front is tried, once no known point waits: a sampler rarely meets one."""
+        search, trials = self.config.search, self.study.get_trials(deepcopy=False)
+        rng = np.random.default_rng((search.seed, len(trials)))
+        if rng.random() >= search.refine or any(t.state == TrialState.WAITING for t in trials):
+            return None
+        members = [self._known[point.key].params for point in self.tally.front]
+        running = {t.user_attrs["key"] for t in trials if t.state == TrialState.RUNNING}
+        known = self._known.keys() | running
+        return near([params for params in members if params], known, self.config, self.model, rng)
+
     def _ask(self) -> tuple[optuna.Trial, Candidate]:
-        trial = self.study.ask()
-        known = self._anchors.get(trial.user_attrs.get("anchor", ""))
-        params = known if known and self._outside(known) else suggest(trial, self._space)
+        with given(self.study, self._near()):
+            trial = self.study.ask()
+            known = self._anchors.get(trial.user_attrs.get("anchor", ""))
+            params = known if known and self._outside(known) else suggest(trial, self._space)
+        if trial.params:
+            join_population(self.study, trial)
         chosen = candidate(params, self.config, self.model, f"trial {trial.number}")
         trial.set_user_attr("key", chosen.key)
         trial.set_user_attr("steps", chosen.steps)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from blocktune.evaluators import Interval, get, paired_interval, scale_of
 from blocktune.policies import BlockPolicy, Reuse, Rule
-from blocktune.search.config import load_config
+from blocktune.search.config import Search, load_config
 from blocktune.search.front import Baseline, Point, hypervolume
 
 from ..searching import searched
@@ -111,7 +111,7 @@ def of_run(bench: Workbench, size: Size, run: Path) -> list[Way]:
 def own(bench: Workbench, size: Size) -> list[Way]:
     """A raced search of this process, on twice the prompts and on as many pictures as others have."""
     most = 2 * size.search_pictures
-    return searched(bench, size.candidates * size.search_pictures, most, most // 8, count=10)
+    return searched(bench, Search(), size.candidates * size.search_pictures, most, most // 8, count=10)
 
 
 def stages(bench: Workbench, size: Size, run: Path | None) -> dict[str, Callable[[], list[Way]]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from blocktune.evaluators import get
-from blocktune.search.config import Config
+from blocktune.search.config import Config, Search
 from blocktune.search.prior import prior
 from blocktune.search.racing import rounds
 from blocktune.search.space import anchors, steps_of
@@ -28,7 +28,7 @@ def bench(tmp_path_factory):
 
 
 def test_candidates_race_and_known_points_do_not(bench):
-    told = list(islice(proposals(bench, "random", PICTURES, first=2), 30))
+    told = list(islice(proposals(bench, Search(sampler="random"), PICTURES, first=2), 30))
     known = [p for p in anchors(bench.config, bench.model.num_blocks).values() if p["steps"] in steps_of(bench.config)]
     known += prior(bench.config, bench.model).values()
     assert all(len(p.gains) == PICTURES for p in told[: len(known)])
@@ -43,7 +43,11 @@ def test_candidates_race_and_known_points_do_not(bench):
 
 
 def test_scores_that_came_in_parts_are_those_of_the_pictures(bench):
-    p = next(p for p in islice(proposals(bench, "random", PICTURES, first=2), 12) if len(p.gains) > 2 and p.way.policy)
+    p = next(
+        p
+        for p in islice(proposals(bench, Search(sampler="random"), PICTURES, first=2), 12)
+        if len(p.gains) > 2 and p.way.policy
+    )
     texts = [prompt.text for prompt in bench.prompts["search"][: len(p.gains)]]
     images = bench.pictures(p.way, "search", len(p.gains))
     whole = get("shapes_binary").score(images, texts)
@@ -51,6 +55,6 @@ def test_scores_that_came_in_parts_are_those_of_the_pictures(bench):
 
 
 def test_a_search_ends_with_its_budget(bench):
-    ways = searched(bench, budget=60, pictures=PICTURES, first=2, count=3)
+    ways = searched(bench, Search(), budget=60, pictures=PICTURES, first=2, count=3)
     assert 0 < len(ways) <= 3
     assert all(len(bench.scores(way, "search", PICTURES)["shapes"]) == PICTURES for way in ways)

@@ -10,8 +10,8 @@ from blocktune.policies import Plan, ScaleText
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Config, Generation, Space
 from blocktune.search.front import short
-from blocktune.search.space import NEVER, QUIET, anchors, bands, candidate, distributions, neighbours
-from hypothesis import given
+from blocktune.search.space import NEVER, QUIET, anchors, bands, candidate, distributions, near, neighbours
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
@@ -125,6 +125,23 @@ def test_neighbours_differ_in_one_choice_by_one_notch(
         else:
             choices = list(distributions(config, 12)[name].choices)
             assert abs(choices.index(told) - choices.index(values[name])) == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(params, st.integers(0, 3))
+def test_near_is_an_unknown_neighbour_of_a_member(
+    model: ModelIdentity, drawn: tuple[Config, dict[str, Any]], seed: int
+) -> None:
+    config, values = drawn
+    around = {one.key for one in neighbours(values, config, model)}
+    rng, known = np.random.default_rng(seed), set[str]()
+    for _ in range(min(3, len(around))):
+        chosen = near([values], known, config, model, rng)
+        assert chosen is not None
+        key = candidate(chosen, config, model, "x").key
+        assert key in around - known
+        known.add(key)
+    assert near([values], around, config, model, rng) is None
 
 
 @given(configs)

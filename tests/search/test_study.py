@@ -5,8 +5,16 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import optuna
+import pytest
+from blocktune.policies.policy import ModelIdentity
+from blocktune.search.config import load_config
+from blocktune.search.front import Point
+from blocktune.search.space import anchors, candidate, distributions, neighbours, suggest
+from blocktune.search.study import Study, given, join_population, new_sampler
 from optuna.trial import TrialState
 
 from .conftest import trials_of, until
@@ -49,3 +57,60 @@ def test_a_trial_between_mlflow_and_optuna_is_told_again_and_not_measured_again(
             "select n.value, r.status from runs r join tags n on n.run_uuid = r.run_uuid and n.key = 'trial'"
         ).fetchall()
     assert sorted(children) == [(str(number), "FINISHED") for number in range(3)]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsgaii", "random"])
+def test_given_choices_are_taken_and_the_sampler_goes_on_after_them(sampler: str) -> None:
+    config = load_config(None, [f"search.sampler={sampler}"])
+    space = distributions(config, 12)
+    plain = {name: value for name, value in anchors(config, 12)["late reuse 6"].items() if name in space}
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=new_sampler(config, 0))
+    for params in (plain, None, plain | {"scale_0": 1.5}):
+        with given(study, params):
+            trial = study.ask()
+            chosen = suggest(trial, space)
+        assert (chosen == params) == (params is not None)
+        study.tell(trial, [0.0, 1.0])
+
+
+def test_known_points_are_parents_of_a_genetic_sampler() -> None:
+    """Without them the children of three known points would be drawn at random."""
+    config = load_config(None, ["search.sampler=nsgaii"])
+    space = distributions(config, 12)
+    plain = {name: value for name, value in anchors(config, 12)["unmodified"].items() if name in space}
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=new_sampler(config, 0))
+    for i in range(20):  # a population
+        study.enqueue_trial(plain | {"scale_0": 1.0 + i / 100})
+    for i in range(25):
+        trial = study.ask()
+        chosen = suggest(trial, space)
+        join_population(study, trial)
+        study.tell(trial, [float(i), float(i)])
+        if i >= 20:
+            assert sum(chosen[name] == plain[name] for name in plain) >= len(plain) - 5, chosen
+
+
+@pytest.mark.parametrize("refine", [0, 0.5, 1])
+def test_as_many_candidates_as_wanted_lie_near_the_front_and_none_while_known_points_wait(refine: float) -> None:
+    """Of a study only what the choice is made by: its Optuna study, its front, and what is known."""
+    config = load_config(None, [f"search.refine={refine}"])
+    model = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=12, fingerprint="0" * 64)
+    space = distributions(config, 12)
+    params = {name: value for name, value in anchors(config, 12)["late reuse 6"].items() if name in space}
+    key = candidate(params, config, model, "late reuse 6").key
+    trial = optuna.trial.create_trial(params=params, distributions=space, value=0.0, user_attrs={"key": key})
+    study: Any = object.__new__(Study)
+    study.config, study.model, study._known = config, model, {key: trial}
+    study.tally = SimpleNamespace(front=[Point("trial 0", 0.9, 0.9, 1.0, key)])
+    study.study = optuna.create_study(sampler=new_sampler(config, 0))
+    around = {one.key for one in neighbours(params, config, model)}
+    chosen = []
+    for _ in range(40):
+        study.study.add_trial(trial)
+        if near := study._near():
+            chosen.append(candidate(near, config, model, "near").key)
+    assert set(chosen) <= around
+    assert len(chosen) == {0: 0, 1: 40}.get(refine, len(chosen))
+    assert 10 <= len(chosen) <= 30 or refine != 0.5
+    study.study.enqueue_trial({})
+    assert study._near() is None
