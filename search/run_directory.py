@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from ..evaluators import Prompt
-from .config import Config, ConfigError
+from .config import Config, ConfigError, parsed
 
 
 class RunDirectory:
@@ -79,7 +79,11 @@ class RunDirectory:
         return cls(path)
 
     def load_config(self) -> Config:
-        return Config.model_validate(yaml.safe_load(self.config.read_text("utf-8")))
+        """ConfigError for one with fields that this version does not know."""
+        try:
+            return parsed(Config, yaml.safe_load(self.config.read_text("utf-8")))
+        except ConfigError as error:
+            raise ConfigError(f"the run in {self.path} is of another version of blocktune: {error}") from None
 
     def finished(self, config: Config) -> bool:
         """Whether this very search, with the same budget, has come to its end here."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
+from blocktune.search.config import Config, ConfigError
+from blocktune.search.run_directory import RunDirectory
 
 from .conftest import until
 
@@ -65,3 +67,11 @@ def test_a_full_disk_is_one_sentence(new_world: Callable[..., Any], small_disk: 
     assert "--resume" in last
     filler.unlink()
     assert yaml.safe_load((small_disk / "run" / "config.yaml").read_text())["name"] == "tiny"
+
+
+def test_a_run_of_another_version_is_one_sentence(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path / "run", Config(), resume=False)
+    run.release()
+    run.config.write_text(run.config.read_text().replace("text_windows", "text_until"))
+    with pytest.raises(ConfigError, match=r"run is of another version of blocktune: space\.text_until is not a field"):
+        RunDirectory.open(tmp_path / "run", Config(), resume=True)
