@@ -53,7 +53,7 @@ def proposals(bench: Workbench, search: Search, pictures: int, first: int | None
         if asked >= len(known) and rng.random() < search.refine:
             front = non_dominated(point for _, point in whole)
             members = [params for params, point in whole if point in front]
-            beside = near(members, seen, config, bench.model, rng)
+            beside = near(members[rng.integers(len(members))], seen, config, bench.model, rng)
         with given(study, beside):
             trial = study.ask()
             params = suggest(trial, space)

@@ -1,6 +1,6 @@
 """The search space: a dozen choices that together spell a policy, and the anchors, known points of it or near it."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from itertools import pairwise
 from typing import Any
 
@@ -140,20 +140,15 @@ def neighbours(params: dict[str, Any], config: Config, model: ModelIdentity) -> 
 
 
 def near(
-    members: Sequence[dict[str, Any]],
-    known: Container[str],
-    config: Config,
-    model: ModelIdentity,
-    rng: np.random.Generator,
+    params: dict[str, Any], known: Container[str], config: Config, model: ModelIdentity, rng: np.random.Generator
 ) -> dict[str, Any] | None:
-    """The params of a neighbour of one of `members` whose key is not `known`, nor theirs; None where all are."""
-    for i in rng.permutation(len(members)):
-        own = candidate(members[i], config, model, "itself").key
-        changes = list(notches(members[i], config, model.num_blocks).values())
-        for j in rng.permutation(len(changes)):
-            key = candidate(changes[j], config, model, "near").key
-            if key != own and key not in known:
-                return changes[j]
+    """The params of a random neighbour of `params` whose key is not `known`; None where all are."""
+    own = candidate(params, config, model, "itself").key
+    changes = list(notches(params, config, model.num_blocks).values())
+    for i in rng.permutation(len(changes)):
+        key = candidate(changes[i], config, model, "near").key
+        if key != own and key not in known:
+            return changes[i]
     return None
 
 

@@ -54,9 +54,11 @@ def new_sampler(config: Config, seed: int) -> optuna.samplers.BaseSampler:
 def given(study: optuna.Study, params: dict[str, Any] | None) -> Iterator[None]:
     """What is asked and suggested meanwhile has these choices, where there are any, and the sampler is not asked."""
     sampler = study.sampler
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna has had it since 2.4
-        study.sampler = optuna.samplers.PartialFixedSampler(params, sampler) if params else sampler
+    if params:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna has had it since 2.4
+            # with random choices for what is left, which is nothing: TPE in groups would choose everything in vain
+            study.sampler = optuna.samplers.PartialFixedSampler(params, optuna.samplers.RandomSampler())
     try:
         yield
     finally:
@@ -222,10 +224,11 @@ class Study:
         rng = np.random.default_rng((search.seed, len(trials)))
         if rng.random() >= search.refine or any(t.state == TrialState.WAITING for t in trials):
             return None
-        members = [self._known[point.key].params for point in self.tally.front]
-        running = {t.user_attrs["key"] for t in trials if t.state == TrialState.RUNNING}
-        known = self._known.keys() | running
-        return near([params for params in members if params], known, self.config, self.model, rng)
+        members = [params for point in self.tally.front if (params := self._known[point.key].params)]
+        if not members:
+            return None
+        known = self._known.keys() | {t.user_attrs["key"] for t in trials if t.state == TrialState.RUNNING}
+        return near(members[rng.integers(len(members))], known, self.config, self.model, rng)
 
     def _ask(self) -> tuple[optuna.Trial, Candidate]:
         with given(self.study, self._near()):

@@ -129,19 +129,17 @@ def test_neighbours_differ_in_one_choice_by_one_notch(
 
 @settings(max_examples=20, deadline=None)
 @given(params, st.integers(0, 3))
-def test_near_is_an_unknown_neighbour_of_a_member(
-    model: ModelIdentity, drawn: tuple[Config, dict[str, Any]], seed: int
-) -> None:
+def test_near_is_an_unknown_neighbour(model: ModelIdentity, drawn: tuple[Config, dict[str, Any]], seed: int) -> None:
     config, values = drawn
     around = {one.key for one in neighbours(values, config, model)}
     rng, known = np.random.default_rng(seed), set[str]()
     for _ in range(min(3, len(around))):
-        chosen = near([values], known, config, model, rng)
+        chosen = near(values, known, config, model, rng)
         assert chosen is not None
         key = candidate(chosen, config, model, "x").key
         assert key in around - known
         known.add(key)
-    assert near([values], around, config, model, rng) is None
+    assert near(values, around, config, model, rng) is None
 
 
 @given(configs)
