@@ -48,6 +48,7 @@ EFFECTS: dict[str, tuple[Callable[[float], Action], int]] = {
     "enhance logit": (lambda s: ScaleText(operand="logit", scale=s), 1),
 }
 Case: TypeAlias = tuple[str, tuple[float, float]]  # an effect in a window
+Scores: TypeAlias = Any  # by evaluator, of each picture: a table, or a dictionary of arrays
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,10 @@ class Probe:
                 before = parts[case, block].images if (case, block) in parts else 0
                 images = min(before + probe.first_images, self.images)
                 parts[case, block] = Part(case[0], (block,), case[1], images)
-            self._run([parts[one] for one in picked])
+            measured = self._run([parts[one] for one in picked])
             for case, block in picked:
-                if case[0] not in self.refused:
-                    gains.setdefault(case, [np.empty(0)] * blocks)[block] = self._gains(parts[case, block])
+                if (scores := measured.get(parts[case, block])) is not None:
+                    gains.setdefault(case, [np.empty(0)] * blocks)[block] = self._gains(parts[case, block], scores)
             gains = {case: known for case, known in gains.items() if case[0] not in self.refused}
             if not gains:
                 reasons = "; ".join(f"{effect}: {reason}" for effect, reason in self.refused.items())
@@ -178,8 +179,8 @@ class Probe:
         digest = hashlib.sha256(f"{policy.digest}-{part.split}".encode()).hexdigest()
         return f"probe-{digest[:16]}"
 
-    def _run(self, parts: list[Part]) -> None:
-        """Measure what is missing; an effect that fails is refused from now on."""
+    def _run(self, parts: list[Part]) -> dict[Part, Scores]:
+        """Measure what is missing; scores of all that did not fail. An effect that fails is refused from now on."""
         steps = self.config.generation.num_inference_steps
 
         def keep(job: Job) -> None:
@@ -187,9 +188,10 @@ class Probe:
             if known is not None:
                 scores = {name: np.concatenate([known[name], values]) for name, values in scores.items()}
             self.run.write_scores(self._name(part), self.prompts[part.split][: part.images], scores)
+            measured[part] = scores
             self.display.advance(str(part))
 
-        jobs = []
+        jobs, measured = [], dict[Part, Scores]()
         for part in parts:
             known = self._scores(part)
             drawn = 0 if known is None else len(known)
@@ -197,19 +199,22 @@ class Probe:
                 one = Candidate(part.policy(self.model, self.config.probe.scale), steps)
                 jobs.append(Job("measure", (one, part.split, self._reference, part.images, drawn), (part, known)))
             else:
+                measured[part] = known
                 self.display.advance(str(part))
         failed = self.pool.try_all(jobs, keep)
         for job in failed:
             part, _ = job.tag
-            self.refused.setdefault(part.effect, str(job.error))
-        for effect, reason in self.refused.items():
-            self.display.say(f"{effect} is left out: {reason}")
+            if part.effect not in self.refused:
+                self.refused[part.effect] = str(job.error)
+                self.display.say(f"{part.effect} is left out: {job.error}")
+        return measured
 
-    def _gains(self, part: Part) -> np.ndarray:
+    def _gains(self, part: Part, scores: Scores) -> np.ndarray:
         """How far each picture so far was helped, or needs the text, of shape (pictures,)."""
-        name = self.config.objectives.alignment
-        after = self.run.read_scores(self._name(part))[name].to_numpy()[: part.images]
-        return EFFECTS[part.effect][1] * (after - self._before[name].to_numpy()[: part.images])
+        after, before = (
+            np.asarray(of[self.config.objectives.alignment])[: part.images] for of in (scores, self._before)
+        )
+        return EFFECTS[part.effect][1] * (after - before)
 
     def _scores(self, part: Part) -> Table | None:
         """Those of a change that are known, of the first so many prompts; None where none are."""
