@@ -10,8 +10,7 @@ of the host share it, a search each at a time.
 """
 
 import argparse
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,9 @@ import torch
 from blocktune.search.config import Search, load_config
 from blocktune.search.front import hypervolume, non_dominated
 
-from .samplers import begin, interval
+from .samplers import interval
 from .searching import searched
-from .workbench import Workbench
+from .workbench import Workbench, side_by_side
 
 RESULTS = Path(__file__).parent / "results" / "held_out"
 WAYS = {
@@ -84,12 +83,8 @@ def main() -> None:
     bench = workbench(args)
     bench.say(", ".join(f"{key} {value}" for key, value in bench.circumstances.items()))
     bench.costs()  # before anything else runs on the device
-    context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
-    for number in range(args.processes):
-        numbers.put(number)
     found: dict[tuple[str, int], tuple[float, float]] = {}
-    with ProcessPoolExecutor(args.processes, context, begin, (numbers,)) as processes:
+    with side_by_side(args.processes) as processes:
         # all ways of one seed before the next, so that a run cut short compares like with like
         running = {processes.submit(worth, args, w, s): (w, s) for s in range(size.seeds) for w in WAYS}
         for done in as_completed(running):

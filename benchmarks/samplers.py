@@ -10,8 +10,7 @@ of the host share it, a search each at a time: a small model leaves most of a GP
 """
 
 import argparse
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,7 @@ from blocktune.search.front import hypervolume, non_dominated
 from scipy.special import stdtrit
 
 from .searching import proposals
-from .workbench import Workbench, take_gpu
+from .workbench import Workbench, side_by_side
 
 RESULTS = Path(__file__).parent / "results" / "samplers"
 SAMPLERS = ("tpe", "gp", "nsgaii", "random")
@@ -68,11 +67,6 @@ def searched(args: argparse.Namespace, seed: int, sampler: str) -> list[tuple[in
     """`curve`, in a process of its own."""
     size = SIZES[args.size]
     return curve(workbench(args, size), sampler, seed, size)
-
-
-def begin(numbers: Any) -> None:
-    torch.set_num_threads(1)
-    take_gpu(numbers.get())
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -130,11 +124,7 @@ def main() -> None:
     # all samplers of one seed before the next, so that a run cut short compares like with like
     searches = [(seed, sampler) for seed in range(size.seeds) for sampler in SAMPLERS]
     found: dict[tuple[int, str], list[tuple[int, float]]] = {}
-    context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
-    for number in range(args.processes):
-        numbers.put(number)
-    with ProcessPoolExecutor(args.processes, context, begin, (numbers,)) as processes:
+    with side_by_side(args.processes) as processes:
         running = {processes.submit(searched, args, *search): search for search in searches}
         for done in as_completed(running):
             seed, sampler = running[done]

@@ -1,6 +1,5 @@
 """A search in one process, for benchmarks: space, anchors, samplers and race of `blocktune search` on a workbench."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,6 +13,7 @@ from blocktune.search.prior import prior
 from blocktune.search.racing import Race, rounds
 from blocktune.search.space import anchors, candidate, distributions, near, steps_of, suggest
 from blocktune.search.study import given, join_population, new_sampler
+from optuna.trial import TrialState
 
 from .workbench import Way, Workbench
 
@@ -48,9 +48,10 @@ def proposals(bench: Workbench, search: Search, pictures: int, first: int | None
     before = bench.matrix(Way("unmodified", "unmodified", bench.steps), "search", pictures)
     race, seen = Race(pictures, costs.run_seconds), dict[str, Proposal]()
     rng, whole = np.random.default_rng(search.seed), list[tuple[dict[str, Any], Point]]()  # those with all pictures
-    for asked in itertools.count():
+    while True:
         beside = None
-        if asked >= len(known) and rng.random() < search.refine:
+        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not waiting and rng.random() < search.refine:
             front = non_dominated(point for _, point in whole)
             members = [params for params, point in whole if point in front]
             beside = near(members[rng.integers(len(members))], seen, config, bench.model, rng)

@@ -4,9 +4,11 @@ What was measured lies in a folder under the name of the way, so a benchmark tha
 """
 
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,20 @@ def take_gpu(process: int) -> None:
     """Processes side by side have the GPUs of the host in turn."""
     if torch.cuda.is_available():
         torch.cuda.set_device(process % torch.cuda.device_count())
+
+
+def side_by_side(processes: int) -> ProcessPoolExecutor:
+    """Processes of one thread each, which have the GPUs of the host in turn."""
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(processes):
+        numbers.put(number)
+    return ProcessPoolExecutor(processes, context, _begin, (numbers,))
+
+
+def _begin(numbers: Any) -> None:
+    torch.set_num_threads(1)
+    take_gpu(numbers.get())
 
 
 @dataclass(frozen=True)

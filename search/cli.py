@@ -140,22 +140,22 @@ def status(run: RunArgument = DEFAULT_RUN) -> None:
     """How far a search is."""
     from optuna.trial import TrialState
 
+    from .tally import drawn
+
     trials, config, _ = _trials(run)
     counts = {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState}
     told = ", ".join(
         f"{counts[key]} {name}" for key, name in (("complete", "complete"), ("fail", "failed"), ("running", "running"))
     )
     typer.echo(f"{config.name}: {told}, {config.search.trials} wanted")
-    measured = [t.user_attrs for t in trials if "metrics" in t.user_attrs and "same_as" not in t.user_attrs]
+    measured = [t for t in trials if "metrics" in t.user_attrs and "same_as" not in t.user_attrs]
     if measured:
-        counts = [told["metrics"].get("images", config.prompts.search_images) for told in measured]
-        pictures, seconds = sum(counts), sum(told["metrics"]["generate_seconds"] for told in measured)
-        steps = [count * told["steps"] for count, told in zip(counts, measured, strict=True)]
-        shares = [told["metrics"].get("steps_saved", 0.0) for told in measured]  # a run of before has none
-        saved = sum(n * share for n, share in zip(steps, shares, strict=True)) / sum(steps)
+        columns = zip(*(drawn(t, config.prompts.search_images) for t in measured), strict=True)
+        pictures, steps, saved = map(sum, columns)
+        seconds = sum(t.user_attrs["metrics"]["generate_seconds"] for t in measured)
         typer.echo(
             f"{pictures / seconds:.1f} pictures per second and worker; "
-            f"{100 * saved:.0f} % of the denoising steps were those of earlier candidates"
+            f"{100 * saved / steps:.0f} % of the denoising steps were those of earlier candidates"
         )
     for trial in trials:
         if "reason" in trial.user_attrs:

@@ -80,6 +80,7 @@ class Constraints(_Section):
 
 
 def _nonempty(window: tuple[float, float]) -> tuple[float, float]:
+    """As in a policy's file; whatever lies in `policies` takes two seconds of importing torch along."""
     if not 0 <= window[0] < window[1] <= 1:
         raise PydanticCustomError("window", "it must be [start, end] with 0 <= start < end <= 1")
     return window

@@ -6,6 +6,17 @@ from .front import Baseline, Point, extended, hypervolume
 from .storage import point_of, stands
 
 
+def drawn(trial: FrozenTrial, images: int) -> tuple[float, float, float]:
+    """Pictures of a measured trial, their denoising steps, and those of them that earlier candidates had taken alike.
+
+    `images` are those of a trial that does not say.
+    """
+    metrics = trial.user_attrs["metrics"]
+    pictures = metrics.get("images", images)
+    steps = pictures * trial.user_attrs["steps"]
+    return pictures, steps, steps * metrics.get("steps_saved", 0.0)  # a run of before has none
+
+
 class Tally:
     """Told of every trial once, when it has finished; a resume tells it of the stored ones."""
 
@@ -24,12 +35,11 @@ class Tally:
             return
         if "same_as" not in trial.user_attrs:
             metrics = trial.user_attrs["metrics"]
-            images = metrics.get("images", self._per_trial)
+            images, steps, saved = drawn(trial, self._per_trial)
             self._images += images
-            self._seconds += metrics["generate_seconds"] + metrics["score_seconds"]
-            steps = images * trial.user_attrs["steps"]
             self._steps += steps
-            self._saved += metrics.get("steps_saved", 0.0) * steps
+            self._saved += saved
+            self._seconds += metrics["generate_seconds"] + metrics["score_seconds"]
         if stands(trial):
             before, self.front = self.front, extended(self.front, point_of(trial))
             if self.front is not before:
