@@ -115,7 +115,10 @@ def _sentence(blocks: list[int], window: tuple[float, float], branch: str, actio
     start, end = (f"{100 * x:g}" for x in window)
     does = {
         "skip": lambda: "skip",
-        "reuse": lambda: f"compute every {action.every} steps, reuse between" if action.every else "reuse throughout",
+        "reuse": lambda: (
+            (f"compute every {action.every} steps, reuse between" if action.every else "reuse throughout")
+            + ", as the last two residuals go on" * (action.forecast == "linear")
+        ),
         "scale_text": lambda: _scale(action),
     }[action.type]()
     rows = "" if branch == "both" else f", {branch}itional rows only"

@@ -95,7 +95,9 @@ class CostTable(BaseModel):
                     for operand, costs in self.block_scaled.items()
                     if any(action.operand == operand for _, action in block.scales)
                 )
-                step = self.predict([work]) - self.run_overhead + sum(scaled)
+                # a forecast reads and writes once more what the reuse does
+                forecast = (self.block_reuse[i] for i, b in enumerate(row) if b.forecast and work[i] == "reuse")
+                step = self.predict([work]) - self.run_overhead + sum(scaled) + sum(forecast)
                 step += overhead - self.step_overhead if work else 0.0  # one that is passed over has none
                 yield step if guided or branch != "both" else self.unguided * step
 

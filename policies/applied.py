@@ -214,6 +214,8 @@ class Applied:
         for index, action in enumerate(lane.plan.steps[call.step]):
             if action.releases:
                 lane.memories[index].forget()
+            elif action.forecast:
+                lane.memories[index].forecast = None
         return self._answer(lane, halved, output)
 
     def _answer(self, lane: _Lane, halved: bool, output: Any) -> Any:
@@ -257,13 +259,20 @@ class Applied:
                 done.append("")
                 continue
             if action.keeps:
-                run = None if apart else action.run
-                lane.runs[index] = within(self._slots, index, run or (index, index))
+                own = None if apart else action.run
+                run = within(self._slots, index, own or (index, index))
+                if index == run[0] and lane.runs.get(index) != run:
+                    lane.memories[index].forget()  # an older residual is of other neighbours
+                lane.runs[index] = run
             remembers = action.keeps or action.kind == "reuse"
             run = lane.runs.get(index, (index, index)) if remembers else (index, index)
             if action.kind == "reuse" and lane.memories[run[0]].residual is None:
                 # Left out by guidance when it would have computed: nothing is cached, so it computes.
                 action = BlockStep("compute", keeps=not action.releases, scales=action.scales)
+            if index == run[0] and action.keeps:
+                lane.memories[index].turn(lane.step, action.forecast)
+            elif index == run[0] and action.forecast:
+                lane.memories[index].aim(lane.step)
             done.append(action.kind + "+scale" * bool(action.scales))
             inside = action.kind == "compute" and not action.scales and index not in run
             if action.touched and rows is not None and not inside:

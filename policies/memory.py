@@ -12,12 +12,35 @@ from .policy import BlockPolicy, Branch, ModelIdentity
 
 
 class Memory:
-    """The residual that a block, or a run of neighbours, computed last: (text, image), output minus input."""
+    """The residual that a block, or a run of neighbours, computed last: (text, image), output minus input.
+
+    For forecasts also the one before, and while a step adds a forecast, that.
+    """
 
     def __init__(self, on_cpu: bool = False) -> None:
         self.on_cpu = on_cpu
         self.residual: tuple[Stream, torch.Tensor] | None = None
+        self.older: tuple[Stream, torch.Tensor] | None = None
+        self.forecast: tuple[Stream, torch.Tensor] | None = None
+        self._steps = (0, 0)  # at which the older one and the last were computed
         self._given: tuple[Stream, torch.Tensor] | None = None  # to the first block, until the last has returned
+
+    def turn(self, step: int, keeps_older: bool) -> None:
+        """A step begins that computes the residual anew; the last one becomes the older, or goes."""
+        self.older = self.residual if keeps_older else None
+        self._steps = self._steps[1], step
+
+    def aim(self, step: int) -> None:
+        """A step begins that adds what the line through both residuals says of it; where there is one, that.
+
+        Outside of what may be compiled, which is then the same for every step.
+        """
+        if self.residual is None or self.older is None:
+            return
+        (before, last), (text, image), (older_text, older_image) = self._steps, self.residual, self.older
+        weight = (step - before) / (last - before)
+        line = None if text is None or older_text is None else torch.lerp(older_text[-len(text) :], text, weight)
+        self.forecast = line, torch.lerp(older_image[-len(image) :], image, weight)
 
     def begin(self, text: Stream, image: torch.Tensor) -> None:
         """What the block, or the first of the run, is given."""
@@ -33,20 +56,22 @@ class Memory:
         self.residual = text, image
 
     def recall(self, rows: int, device: torch.device) -> tuple[Stream, torch.Tensor]:
-        """The residual, on `device`; the plan reuses only what an earlier step kept.
+        """The residual or its forecast, on `device`; the plan reuses only what an earlier step kept.
 
         Of the last `rows`: once guidance has ended these are the conditional half of what was kept under it.
         """
-        assert self.residual is not None
-        text, image = self.residual
+        kept = self.forecast or self.residual
+        assert kept is not None
+        text, image = kept
         return None if text is None else text[-rows:].to(device), image[-rows:].to(device)
 
     def forget(self) -> None:
-        self.residual = self._given = None
+        self.residual = self.older = self.forecast = self._given = None
 
     @property
     def bytes(self) -> int:
-        return sum(part.nbytes for part in self.residual or () if part is not None)
+        kept = (*(self.residual or ()), *(self.older or ()), *(self.forecast or ()))
+        return sum(part.nbytes for part in kept if part is not None)
 
 
 def within(slots: Sequence[Slot], index: int, run: tuple[int, int]) -> tuple[int, int]:
@@ -95,17 +120,24 @@ def predict_cache_bytes(
 
     batched = row.guidance == "batched"
     branches: tuple[Branch, ...] = ("both",) if batched else ("cond", "uncond") if guided else ("cond",)
-    lanes = [(Plan.compile(policy, num_steps, start, branch), dict[int, int]()) for branch in branches]
+    # by the block that holds them: bytes of the last residual, of the older one, of a forecast
+    lanes = [(Plan.compile(policy, num_steps, start, branch), dict[int, tuple[int, int, int]]()) for branch in branches]
     most = 0
     for step in range(start, num_steps):
         for plan, held in lanes:  # the calls of a step
             rows = pictures * (1 + (batched and guided and plan.guided[step]))
             for index, action in enumerate(plan.steps[step]):
                 first, last = within(slots, index, action.run or (index, index))
-                if action.keeps and index == first:
-                    held[first] = rows * residual(last)
-            most = max(most, sum(sum(held.values()) for _, held in lanes))
+                if index != first:
+                    continue
+                if action.keeps:
+                    held[first] = rows * residual(last), held[first][0] if action.forecast else 0, 0
+                elif action.forecast:
+                    held[first] = (*held[first][:2], held[first][0])
+            most = max(most, sum(sum(kept) for _, held in lanes for kept in held.values()))
             for index, action in enumerate(plan.steps[step]):
                 if action.releases:
                     held.pop(index, None)
+                elif action.forecast and index in held:
+                    held[index] = (*held[index][:2], 0)
     return most

@@ -18,6 +18,8 @@ class BlockStep:
     kind: Kind = "compute"
     keeps: bool = False  # computes a residual that a later step reuses
     releases: bool = False  # is the last step to reuse its residual
+    # reuses: adds what the line through the last two residuals says of this step; keeps: the one before stays for that
+    forecast: bool = False
     scales: tuple[tuple[Branch, ScaleText], ...] = ()  # that act at this step, in an order of their own
     # The first and last of neighbours that keep, and later reuse, one residual together: what the last returned minus
     # what the first was given. None: the block keeps its own.
@@ -96,16 +98,6 @@ class Plan:
         """Whether any block reuses a residual at any step."""
         return any(block.keeps for step in self.steps for block in step)
 
-    @cached_property
-    def held(self) -> int:
-        """The largest number of blocks whose residuals are held at once."""
-        most = now = 0
-        for step in self.steps:
-            now += sum(block.keeps for block in step)
-            most = max(most, now)
-            now -= sum(block.releases for block in step)
-        return most
-
     def counts(self) -> Counts:
         """Block calls of the whole run."""
         calls = [block for step in self.steps for block in step]
@@ -115,30 +107,30 @@ class Plan:
 
 
 def _in_runs(columns: list[list[BlockStep]]) -> list[list[BlockStep]]:
-    """The columns, with neighbours that reuse alike from when they compute until they compute again made one run."""
+    """The columns, with neighbours that reuse alike for as long as they hold a residual made one run."""
     told = [list(column) for column in columns]
     for at in range(len(columns[0])):
         spans = [_alike(column, at) for column in columns]
         for span, members in groupby(range(len(columns)), spans.__getitem__):
             blocks = list(members)
             for column in told[blocks[0] : blocks[-1] + 1] if len(blocks) > 1 else ():
-                for i, kind in enumerate(span, at):
+                for i, (kind, _) in enumerate(span, at):
                     if kind != "skip":
                         column[i] = replace(column[i], run=(blocks[0], blocks[-1]))
     return told
 
 
-def _alike(column: Sequence[BlockStep], at: int) -> tuple[Kind, ...]:
-    """What a block does from a step that keeps its residual to the last that reuses it.
+def _alike(column: Sequence[BlockStep], at: int) -> tuple[tuple[Kind, bool], ...]:
+    """What a block does from the step at which it begins to hold a residual to the last that reuses one.
 
-    Empty where it keeps none, or where text is scaled in front of it on the way: its neighbour then gives it other text
-    than the residual was counted from.
+    Empty where it does not begin to, or where text is scaled in front of it on the way: its neighbour then gives it
+    other text than the residual was counted from.
     """
-    kinds: list[Kind] = []
-    for step in column[at:] if column[at].keeps else ():
+    kinds: list[tuple[Kind, bool]] = []
+    for step in column[at:] if column[at].keeps and not column[at].forecast else ():
         if any(action.operand == "input" and action.scope == "propagate" for _, action in step.scales):
             return ()
-        kinds.append(step.kind)
+        kinds.append((step.kind, step.forecast))
         if step.releases:
             break
     return tuple(kinds)
@@ -148,34 +140,46 @@ def _block_steps(rules: Sequence[Rule], guided: Sequence[bool], start: int, bran
     """One block's column of the plan, for steps from `start` on."""
     kinds: list[Kind] = []
     scales: list[tuple[tuple[Branch, ScaleText], ...]] = []
+    lines: list[bool] = []  # whether a forecast is added
     computed_at: int | None = None
+    before: int | None = None  # the step that computed before that
     num_steps = len(guided)
     for i in range(start, num_steps):
         if branch == "uncond" and not guided[i]:
             kinds.append("skip")
             scales.append(())
+            lines.append(False)
             continue
         if branch == "both" and i > start and guided[i] and not guided[i - 1]:
-            computed_at = None  # of the unconditional half there is no residual
+            computed_at = before = None  # of the unconditional half there is no residual
         active = [rule for rule in rules if rule.window[0] <= i / num_steps < rule.window[1]]
         kind: Kind = "compute"
+        line = False
         for rule in active:
             if isinstance(rule.action, Skip):
                 kind = "skip"
             elif isinstance(rule.action, Reuse) and computed_at is not None:
                 every = rule.action.every
                 kind = "reuse" if every is None or i - computed_at < every else "compute"
-        computed_at = i if kind == "compute" else computed_at
+                line = kind == "reuse" and rule.action.forecast == "linear" and before is not None
+        if kind == "compute":
+            before, computed_at = computed_at, i
         heard: list[tuple[Branch, ScaleText]] = [
             (rule.branch, rule.action) for rule in active if isinstance(rule.action, ScaleText)
         ]
         # A block that reuses does not attend; only a scale of the running stream acts in front of it.
         heard = [(b, a) for b, a in heard if kind == "compute" or a.scope == "propagate"]
         kinds.append(kind)
+        lines.append(line)
         scales.append(tuple(sorted(heard, key=lambda pair: (pair[1].operand, pair[0], pair[1].tokens))))
     column: list[BlockStep] = []
     needed = False  # whether a later step reuses the residual that is current at this one
-    for kind, acting in zip(reversed(kinds), reversed(scales), strict=True):
-        column.append(BlockStep(kind, kind == "compute" and needed, kind == "reuse" and not needed, acting))
-        needed = kind == "reuse" or (needed and kind == "skip")
+    older = False  # and with it, for a forecast, the one before
+    for kind, acting, line in zip(reversed(kinds), reversed(scales), reversed(lines), strict=True):
+        if kind == "compute":
+            column.append(BlockStep(kind, keeps=needed, scales=acting, forecast=older))
+            needed, older = older, False
+        else:
+            column.append(BlockStep(kind, releases=kind == "reuse" and not needed, scales=acting, forecast=line))
+            needed, older = needed or kind == "reuse", older or line
     return column[::-1]

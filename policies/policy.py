@@ -101,10 +101,15 @@ class Reuse(_Action):
     computed just before it, at its steps 0, k, 2k ... when nothing was computed before. Without `every` the residual
     serves the whole window. Where there is none yet, the block computes. (arXiv 2601.02211 skips without
     caching, and leaves that to a cache of whole steps.)
+
+    With `forecast="linear"` it adds what the line through the last two residuals says of this step: the first order of
+    TaylorSeer (arXiv 2503.06923), whose residuals are those of attention and feed-forward. It keeps two of them; until
+    there are two, the one serves.
     """
 
     type: Literal["reuse"] = "reuse"
     every: Annotated[StrictInt, Field(ge=2)] | None = None
+    forecast: Literal["linear"] | None = None
 
 
 class ScaleText(_Action):

@@ -46,7 +46,7 @@ def course(policy: BlockPolicy | None, num_steps: int, start: int, branches: tup
         rows = [plan.steps[step] for plan in plans]
         # that a residual is kept changes no output
         acts = [
-            (n, i, b.kind, b.scales)
+            (n, i, b.kind, b.scales, b.forecast and b.kind == "reuse")
             for n, row in enumerate(rows)
             for i, b in enumerate(row)
             if b.kind != "compute" or b.scales
@@ -55,7 +55,7 @@ def course(policy: BlockPolicy | None, num_steps: int, start: int, branches: tup
             plain = min(plain, step)
         if not held:
             open_at.append(step)
-        held += sum(b.keeps - b.releases for row in rows for b in row)
+        held += sum((b.keeps and not b.forecast) - b.releases for row in rows for b in row)
         digest = hashlib.sha256(digest + repr((acts, alone[step])).encode()).digest()
         digests.append(digest)
     return Course(tuple(digests), plain, dict(pairwise([*open_at, num_steps])))

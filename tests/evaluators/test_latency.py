@@ -381,6 +381,18 @@ def test_scaled_text_is_paid_where_its_block_computes():
         CostTable.model_validate({**table.model_dump(), "block_scaled": {"value": (0.1,)}})
 
 
+def test_a_forecast_is_paid_as_an_addition_more():
+    """Of two neighbours that reuse as one, once."""
+    rules = [{"blocks": [0, 1], "window": [0.5, 1.0], "action": {"type": "reuse", "forecast": "linear"}}]
+    model = {"transformer": "SD3Transformer2DModel", "num_blocks": 2, "fingerprint": "0" * 64}
+    table = CostTable(
+        block_compute=(0.1, 0.1), block_reuse=(0.01, 0.02), step_overhead=0.0, run_overhead=1.0, run_seconds=1.8,
+        steps=4, repeats=1, batch=1, rows=1, height=8, width=8, device="cpu", dtype="float32", threads=1,
+    )  # fmt: skip
+    policy = BlockPolicy.model_validate({"name": "p", "model": model, "rules": rules})
+    assert table.predict_policy(policy, 4) == pytest.approx(1.0 + 4 * 0.1 + 2 * 2 * 0.01)
+
+
 def test_the_cost_of_scaled_text_is_measured_in_every_block(pipe, clock, monkeypatch):
     """An attention takes 10 ms, and 30 more where its text is scaled."""
     attend = ScaledAttention.attend

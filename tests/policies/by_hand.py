@@ -48,16 +48,27 @@ def identity(block: nn.Module, container: Container) -> Callable[..., Any]:
 
 
 def keeping_residuals(block: nn.Module, container: Container, kinds: list[str]) -> Callable[..., Any]:
-    """A block's forward that computes, or adds the residuals it computed last, as `kinds` has it call by call."""
-    original, calls, residuals = block.forward, iter(kinds), []
+    """A block's forward that computes, or adds the residuals it computed last, as `kinds` has it call by call.
+
+    With "forecast" it adds what the line through the last two says of the call.
+    """
+    original, calls, kept = block.forward, enumerate(kinds), []
 
     def by_hand(*args: Any, **kwargs: Any) -> Any:
         before = [given(block, args, kwargs)[name] for name in container.returns]
-        if next(calls) == "compute":
+        call, kind = next(calls)
+        if kind == "compute":
             after = original(*args, **kwargs)
             streams = after if isinstance(after, tuple) else (after,)
-            residuals[:] = [None if a is None else a - b for a, b in zip(streams, before, strict=True)]
+            kept.append((call, [None if a is None else a - b for a, b in zip(streams, before, strict=True)]))
             return after
+        last, residuals = kept[-1]
+        if kind == "forecast":
+            first, older = kept[-2]
+            residuals = [
+                None if r is None or o is None else r + (r - o) * (call - last) / (last - first)
+                for r, o in zip(residuals, older, strict=True)
+            ]
         after = tuple(None if r is None else b + r for r, b in zip(residuals, before, strict=True))
         return after if len(after) > 1 else after[0]
 

@@ -641,14 +641,20 @@ def test_refuses_a_forward_that_passes_its_blocks_by(medium):
         model(**inputs)
 
 
-def test_residuals_in_main_memory_are_the_same(medium):
-    policy = policy_for(medium, Rule(blocks=[1, 2], action=Reuse(every=3)))
+@pytest.mark.parametrize(
+    ("action", "held"),
+    [
+        (Reuse(every=3), 1),  # one for both blocks
+        (Reuse(every=2, forecast="linear"), 3),  # the last two and what they forecast
+    ],
+)
+def test_residuals_in_main_memory_are_the_same(medium, action, held):
+    policy = policy_for(medium, Rule(blocks=[1, 2], action=action))
     with apply_policy(medium, policy) as applied:
         expected = generate(medium)
     with apply_policy(medium, policy, cache_device="cpu") as on_cpu:
         assert torch.equal(generate(medium), expected)
-    # one for both blocks
-    assert applied.report.cache_bytes == on_cpu.report.cache_bytes == RESIDUAL
+    assert applied.report.cache_bytes == on_cpu.report.cache_bytes == held * RESIDUAL
 
 
 def test_only_neighbours_that_reuse_alike_keep_one_residual(medium):

@@ -6,7 +6,8 @@ from blocktune.policies import BlockPolicy, PolicyError, Reuse, Rule, ScaleText,
 from torch._dynamo.testing import CompileCounter
 
 RULES = [
-    Rule(blocks=[0, 1], window=(0.5, 1), action=Reuse(every=2)),
+    Rule(blocks=[0], window=(0.5, 1), action=Reuse(every=2)),
+    Rule(blocks=[1], window=(0.5, 1), action=Reuse(forecast="linear")),
     Rule(blocks=[2], window=(0.5, 1), action=Skip()),
     Rule(blocks=[3], branch="cond", action=ScaleText(operand="logit", scale=1.5)),
     Rule(blocks=[1], action=ScaleText(operand="input", scale=1.5)),

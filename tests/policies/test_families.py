@@ -101,23 +101,23 @@ def test_all_blocks_can_be_skipped(family, model):
 # --- reuse -------------------------------------------------------------------------------------------------------
 
 
-def reused_by_hand(model: nn.Module, family: Family, blocks: list[int], reused: list[int]) -> list[torch.Tensor]:
-    """A run in which `blocks` add their last residuals at the steps `reused`."""
-    kinds = ["reuse" if step in reused else "compute" for step in range(STEPS)]
+def reused_by_hand(model: nn.Module, family: Family, blocks: list[int], kinds: str) -> list[torch.Tensor]:
+    """A run in which `blocks` do at each step what its letter says: compute, reuse, forecast."""
+    spelled = [{"c": "compute", "r": "reuse", "f": "forecast"}[letter] for letter in kinds]
     with ExitStack() as stack:
         for index in blocks:
             block = family.block(model, index)
-            stack.enter_context(forward_as(block, keeping_residuals(block, family.slots[index][0], kinds)))
+            stack.enter_context(forward_as(block, keeping_residuals(block, family.slots[index][0], spelled)))
         return family.denoise(model, new_scheduler())
 
 
 @by_family
 @pytest.mark.parametrize(
-    ("window", "every", "reused"),
-    [((0, 1), None, [1, 2, 3]), ((0, 1), 2, [1, 3]), ((0.5, 1), None, [2, 3]), ((0.25, 0.75), 2, [1])],
+    ("window", "every", "kinds"),
+    [((0, 1), None, "crrr"), ((0, 1), 2, "crcr"), ((0.5, 1), None, "ccrr"), ((0.25, 0.75), 2, "crcc")],
 )
 @pytest.mark.parametrize("chosen", ["all", "middle", "ends"])
-def test_reuse_adds_the_last_residual(family, model, window, every, reused, chosen):
+def test_reuse_adds_the_last_residual(family, model, window, every, kinds, chosen):
     count = len(family.slots)
     blocks = {"all": list(range(count)), "middle": [*range(1, count, BLOCKS)], "ends": [0, count - 1]}[chosen]
     scheduler = new_scheduler()
@@ -127,18 +127,40 @@ def test_reuse_adds_the_last_residual(family, model, window, every, reused, chos
         report = applied.report
         again = family.denoise(model, scheduler)
     assert all(map(torch.equal, got, again))  # nothing of the first run is left in the second
-    torch.testing.assert_close(got, reused_by_hand(model, family, blocks, reused))
+    torch.testing.assert_close(got, reused_by_hand(model, family, blocks, kinds))
     for step, output in enumerate(family.denoise(model, scheduler)):
-        assert torch.allclose(got[step], output, atol=1e-2) == (step not in reused)
-    assert report.reused == len(reused) * len(blocks)
+        assert torch.allclose(got[step], output, atol=1e-2) == (kinds[step] == "c")
+    assert report.reused == kinds.count("r") * len(blocks)
     assert report.computed == STEPS * count - report.reused
+
+
+@by_family
+@pytest.mark.parametrize(
+    ("window", "every", "kinds"),
+    [((0.5, 1), None, "ccff"), ((0, 1), 2, "crcf"), ((0.25, 1), 2, "crcf")],  # until there are two, the one serves
+)
+@pytest.mark.parametrize("chosen", ["all", "ends"])
+def test_a_forecast_is_the_line_through_the_last_two_residuals(family, model, window, every, kinds, chosen):
+    count = len(family.slots)
+    blocks = {"all": list(range(count)), "ends": [0, count - 1]}[chosen]
+    scheduler = new_scheduler()
+    rule = Rule(blocks=blocks, window=window, action=Reuse(every=every, forecast="linear"))
+    with apply_policy(model, policy_for(model, rule), scheduler=scheduler) as applied:
+        got = family.denoise(model, scheduler)
+        report = applied.report
+        again = family.denoise(model, scheduler)
+    assert all(map(torch.equal, got, again))
+    torch.testing.assert_close(got, reused_by_hand(model, family, blocks, kinds), rtol=1e-4, atol=1e-4)
+    without = reused_by_hand(model, family, blocks, kinds.replace("f", "r"))
+    assert not torch.allclose(got[-1], without[-1], atol=1e-3)
+    assert report.reused == (kinds.count("r") + kinds.count("f")) * len(blocks)
 
 
 @by_family
 def test_no_residual_outlives_its_run(family, model):
     """After a failed run, and runs of another batch and another resolution."""
     blocks, scheduler = [*range(len(family.slots))], new_scheduler()
-    expected = reused_by_hand(model, family, blocks, [1, 3])
+    expected = reused_by_hand(model, family, blocks, "crcr")
     failing, calls = family.block(model, 1), []
 
     def fail(*_):
@@ -279,7 +301,7 @@ def test_two_transformers_keep_their_policies_apart(family, model):
     skip, reuse = Rule(blocks=[1], action=Skip()), Rule(blocks=[1], action=Reuse(every=2))
     one, two = new_scheduler(), new_scheduler()
     alone = under(model, family, skip)
-    reused = reused_by_hand(other, family, [1], [1, 3])
+    reused = reused_by_hand(other, family, [1], "crcr")
     with (
         apply_policy(model, policy_for(model, skip), scheduler=one) as skipping,
         apply_policy(other, policy_for(other, reuse), scheduler=two) as reusing,

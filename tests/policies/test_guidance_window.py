@@ -101,26 +101,28 @@ def by_hand(pipe: Any, window: tuple[float, float], kinds: dict[str, list[str]],
 
 
 @pytest.mark.parametrize(
-    ("window", "both", "uncond"),
+    ("window", "action", "both", "cond", "uncond"),
     [
         # a residual of both halves goes on serving the conditional one
-        ((0.0, 0.5), "crrr", "crrr"),
-        ((0.25, 1.0), "ccrr", "ccrr"),  # and one of the conditional half alone does not serve both
+        ((0.0, 0.5), Reuse(), "crrr", "crrr", "crrr"),
+        ((0.25, 1.0), Reuse(), "ccrr", "crrr", "ccrr"),  # and one of the conditional half alone does not serve both
+        ((0.0, 0.5), Reuse(every=2, forecast="linear"), "crcf", "crcf", "crcr"),
+        ((0.25, 1.0), Reuse(every=2, forecast="linear"), "ccrc", "crcf", "ccrc"),
     ],
 )
-def test_reuse_goes_on_where_guidance_ends_and_begins_anew_where_it_begins(real, window, both, uncond):
+def test_reuse_goes_on_where_guidance_ends_and_begins_anew_where_it_begins(real, window, action, both, cond, uncond):
     pipe, family = real
     blocks = [0, len(family.slots) - 1]
-    rule = Rule(blocks=blocks, action=Reuse())
+    rule = Rule(blocks=blocks, action=action)
     with apply_policy(pipe, policy_for(pipe, window, rule)) as applied:
         got = generate(pipe, True)
         assert torch.equal(generate(pipe, True), got)
-    letters = {"c": "compute", "r": "reuse"}
+    letters = {"c": "compute", "r": "reuse", "f": "forecast"}
     if family.name == "sd3.5-large":
         kinds = {"both": [letters[x] for x in both]}
-        assert [row[0] for row in applied.report.table] == kinds["both"]
+        assert [row[0] for row in applied.report.table] == [letters[x] for x in both.replace("f", "r")]
     else:
-        kinds = {"cond": [letters[x] for x in "crrr"], "uncond": [letters[x] for x in uncond]}
+        kinds = {"cond": [letters[x] for x in cond], "uncond": [letters[x] for x in uncond]}
     torch.testing.assert_close(got, by_hand(pipe, window, kinds, family, blocks), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(got, generate(pipe, True), atol=1e-3)
 

@@ -29,7 +29,10 @@ def policies(draw: st.DrawFn, family: Family, pipe: Pipeline) -> BlockPolicy:
     rules, first = [], 0
     while first < len(family.slots):
         last = draw(st.integers(first + 1, len(family.slots)))
-        action = draw(st.sampled_from([Reuse(), Reuse(every=2), Reuse(every=3), Skip()]))
+        line = Reuse(every=2, forecast="linear")
+        action = draw(
+            st.sampled_from([Reuse(), Reuse(every=2), Reuse(every=3), Reuse(forecast="linear"), line, Skip()])
+        )
         branch = draw(st.sampled_from(["both", "cond", "uncond"] if pipe.calls else ["both"]))
         rules.append(Rule(blocks=range(first, last), window=draw(quarters), branch=branch, action=action))
         first = last

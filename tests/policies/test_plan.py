@@ -84,6 +84,43 @@ def test_a_residual_is_there_fresh_enough_and_kept_no_longer_than_needed(num_ste
     assert held is None
 
 
+@given(
+    num_steps=st.integers(1, 30),
+    start=st.integers(0, 29),
+    every=st.none() | st.integers(2, 9),
+    cuts=st.lists(st.integers(0, 20), min_size=4, max_size=4, unique=True).map(sorted),
+    later=st.sampled_from([None, "linear"]),
+)
+def test_a_forecast_is_of_the_last_two_computed_and_both_are_there(num_steps, start, every, cuts, later):
+    start = min(start, num_steps - 1)
+    a, b, c, d = (cut / 20 for cut in cuts)
+    plan = plan_of(
+        Rule(blocks=[0], window=(a, b), action=Reuse(every=every, forecast="linear")),
+        Rule(blocks=[0], window=(b, c), action=Skip()),
+        Rule(blocks=[0], window=(c, d), action=Reuse(every=every, forecast=later)),
+        num_steps=num_steps,
+        start=start,
+    )
+    held: list[int] = []  # the steps whose residuals are in memory
+    computed: list[int] = []
+    for i in range(start, num_steps):
+        step = plan.steps[i][0]
+        if step.kind == "compute":
+            computed.append(i)
+            if step.keeps:
+                held = [*held, i][-2:] if step.forecast else [i]
+            else:
+                assert not held  # released by its last reuse
+        elif step.kind == "reuse":
+            forecasts = a <= i / num_steps < b or later == "linear"
+            assert step.forecast == (forecasts and len(computed) > 1)
+            assert held[-1] == computed[-1]
+            if step.forecast:
+                assert held == computed[-2:]
+            held = [] if step.releases else held
+    assert not held
+
+
 def test_reuse_is_the_same_in_one_window_or_two():
     whole = plan_of(Rule(blocks=[0], window=(0.1, 0.9), action=Reuse(every=3)), num_steps=20)
     parts = plan_of(
@@ -123,7 +160,8 @@ def test_counts():
 
 
 ACTIONS = [
-    Reuse(), Reuse(every=2), Skip(), ScaleText(operand="input", scale=2), ScaleText(operand="key", scale=2)
+    Reuse(), Reuse(every=2), Reuse(every=2, forecast="linear"), Skip(), ScaleText(operand="input", scale=2),
+    ScaleText(operand="key", scale=2),
 ]  # fmt: skip
 
 
@@ -150,7 +188,8 @@ def test_a_run_keeps_and_reuses_as_one(rules):
         for block, (first, last) in held.items():
             assert first <= block <= last
             assert [held.get(b) for b in range(first, last + 1)] == [(first, last)] * (last + 1 - first)
-            assert len({(step[b].kind, step[b].keeps, step[b].releases) for b in range(first, last + 1)}) == 1
+            alike = {(step[b].kind, step[b].keeps, step[b].releases, step[b].forecast) for b in range(first, last + 1)}
+            assert len(alike) == 1
             if first < last:
                 assert not any(a.operand == "input" for b in range(first, last + 1) for _, a in step[b].scales)
         for block, told in enumerate(step):

@@ -39,7 +39,11 @@ scales = st.builds(
     tokens,
     st.sampled_from([None, "local", "propagate"]),
 )
-actions = st.just(Skip()) | st.builds(Reuse, every=st.none() | st.integers(2, 50)) | scales
+actions = (
+    st.just(Skip())
+    | st.builds(Reuse, every=st.none() | st.integers(2, 50), forecast=st.sampled_from([None, "linear"]))
+    | scales
+)
 rules = st.builds(
     Rule,
     blocks=st.lists(st.integers(0, 7), min_size=1, unique=True),

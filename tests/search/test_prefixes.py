@@ -65,6 +65,8 @@ def test_a_policy_begins_where_it_first_acts(maker):
     assert check(maker, prefixes, [late(Skip(), 0.5)]) == 4 / 8
     # the step before the window keeps the residual, so it has to run
     assert check(maker, prefixes, [late(Reuse(every=2), 0.5)]) == 3 / 8
+    # and for a forecast the one before as well
+    assert check(maker, prefixes, [late(Reuse(every=2, forecast="linear"), 0.5)]) == 2 / 8
     assert check(maker, prefixes, [late(Skip(), 0.0)]) == 0
     assert check(maker, prefixes, [late(Reuse(every=3), 0.0)]) == 0
     assert check(maker, prefixes, steps=6) == 0  # another schedule
@@ -116,7 +118,16 @@ def test_reuse_is_taken_up_only_where_nothing_is_held(maker):
 rules = st.builds(
     lambda block, action, start: late(action, start, block),
     st.integers(0, 2),
-    st.sampled_from([Skip(), Reuse(every=2), Reuse(every=3), Reuse(), ScaleText(operand="key", scale=1.5)]),
+    st.sampled_from(
+        [
+            Skip(),
+            Reuse(every=2),
+            Reuse(every=3),
+            Reuse(),
+            Reuse(every=2, forecast="linear"),
+            ScaleText(operand="key", scale=1.5),
+        ]
+    ),
     st.sampled_from([0.0, 0.25, 0.4, 0.6]),
 )
 
