@@ -100,7 +100,15 @@ class Space(_Section):
         default=(2, 3, 4, 6), description="choices of a band's reuse; computing is always one"
     )
     reuse_from: tuple[float, ...] = Field(
-        default=(0.2, 0.3, 0.4, 0.5, 0.6), description="where reuse may begin, a fraction of the run"
+        default=(0.2, 0.25, 0.3, 0.4, 0.5), description="where reuse may begin, a fraction of the run"
+    )
+    compute_until: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.45, 0.65, 0.8),
+        description="from where on blocks that reuse may compute no more, a fraction of the run; its end is always a "
+        "choice",
+    )
+    forecast: bool = Field(
+        default=True, description="also try to add what the last two residuals forecast, where a block reuses"
     )
     operands: tuple[Literal["input", "key", "value", "logit"], ...] = Field(
         default=("key", "value", "logit"), description="where text may be scaled; not to scale it is always a choice"
@@ -126,7 +134,7 @@ class Space(_Section):
         "unmodified model at each is an anchor",
     )
     guidance_until: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        default=(0.3, 0.4, 0.6),
+        default=(0.2, 0.25, 0.3, 0.4, 0.6),
         description="where guidance may end, a fraction of the run: after it the unconditional half is not computed; "
         "the end of the run is always a choice; none for a model without that half, as FLUX.1-dev",
     )

@@ -49,19 +49,27 @@ def prior(config: Config, model: ModelIdentity) -> dict[str, dict[str, Any]]:
 def combined(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
     """Fewer steps, late reuse of every block and a shorter guidance, as the anchors have them, two or three at once.
 
-    What each spares is known to add up, while a sampler has to find the same choice for every band on its own.
+    What each spares is known to add up, while a sampler has to find the same choice for every band on its own. Of the
+    two late reuses that are anchors, the one that computes more often is had here as the space can better it: with a
+    forecast, and with nothing computed near the end.
     """
-    plain, space = anchors(config, num_blocks)["unmodified"], config.space
-    ends = guidance_ends_of(config)
+    known, space = anchors(config, num_blocks), config.space
+    plain, ends, lasts = known["unmodified"], guidance_ends_of(config), sorted({*space.compute_until})
+    last = lasts[len(lasts) // 2] if lasts else 1.0
+
+    def reuse(every: int) -> dict[str, Any]:
+        return {f"reuse_{i}": every for i in range(len(bands(space, num_blocks)))}
+
+    reuses = {"": {}} | {f"late reuse {every}": reuse(every) for every in space.reuse_every[-1:]}
+    for every in space.reuse_every[-2:-1]:
+        name = f"late {'forecast' if space.forecast else 'reuse'} {every}" + f" until {last:g}" * (last < 1)
+        reuses[name] = reuse(every) | {"forecast": space.forecast, "compute_until": last}
     points = {}
-    for steps, every, end in product(
-        steps_of(config), (1, *space.reuse_every[-2:]), (1.0, *ends[len(ends) // 2 :][:1])
-    ):
-        told = [f"{steps} steps"] * (steps < plain["steps"]) + [f"late reuse {every}"] * (every > 1)
+    for steps, (name, reusing), end in product(steps_of(config), reuses.items(), (1.0, *ends[len(ends) // 2 :][:1])):
+        told = [f"{steps} steps"] * (steps < plain["steps"]) + [name] * bool(name)
         told += [f"guidance until {end:g}"] * (end < 1)
-        if len(told) > 1:
-            reuse = {f"reuse_{i}": every for i in range(len(bands(space, num_blocks)))}
-            points[", ".join(told)] = plain | reuse | {"steps": steps, "guidance_until": end}
+        if len(told) > 1 or (told == [name] and name not in known):
+            points[", ".join(told)] = plain | reusing | {"steps": steps, "guidance_until": end}
     return points
 
 

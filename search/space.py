@@ -61,6 +61,10 @@ def distributions(config: Config, num_blocks: int) -> dict[str, optuna.distribut
         "text_window": categorical(tuple(text_windows(space))),
         "reuse_from": categorical(space.reuse_from),
     }
+    if space.compute_until:
+        choices["compute_until"] = categorical((*sorted({*space.compute_until}), 1.0))
+    if space.forecast:
+        choices["forecast"] = categorical((False, True))
     if len(steps_of(config)) > 1:
         choices["steps"] = categorical(steps_of(config))
     if len(guidance_of(config)) > 1:
@@ -100,8 +104,11 @@ def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name
             action = ScaleText(operand=params["operand"], scale=scale)
             rules.append(Rule(blocks=acting, window=windows[params["text_window"]], action=action))
         if params[f"reuse_{i}"] > 1:
-            action = Reuse(every=params[f"reuse_{i}"])
-            rules.append(Rule(blocks=acting, window=(params["reuse_from"], 1.0), action=action))
+            forecast = "linear" if params.get("forecast", False) else None
+            first, last = params["reuse_from"], max(params["reuse_from"], params.get("compute_until", 1.0))
+            for every, window in ((params[f"reuse_{i}"], (first, last)), (None, (last, 1.0))):
+                if window[0] < window[1]:
+                    rules.append(Rule(blocks=acting, window=window, action=Reuse(every=every, forecast=forecast)))
     if skipped is not None:
         rules.append(Rule(blocks=(skipped,), window=(params["skip_from"], 1.0), action=Skip()))
     own = config.generation
@@ -162,7 +169,7 @@ def anchors(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
     windows = tuple(text_windows(space))
     # of choices that do nothing here the middle ones: a sampler takes what good points have for good
     plain: dict[str, Any] = {"operand": QUIET, "text_window": windows[len(windows) // 2]}
-    plain |= {"reuse_from": space.reuse_from[len(space.reuse_from) // 2]}
+    plain |= {"reuse_from": space.reuse_from[len(space.reuse_from) // 2], "compute_until": 1.0, "forecast": False}
     plain |= {f"scale_{i}": 1.0 for i in range(count)} | {f"reuse_{i}": 1 for i in range(count)}
     if space.skip:
         plain |= {"skip": 0, "skip_from": NEVER}

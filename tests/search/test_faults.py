@@ -114,7 +114,7 @@ def test_every_anchor_was_measured(ended: list[FrozenTrial]) -> None:
     assert sorted(names) == [
         "3 steps",
         "all text up",
-        "guidance until 0.4",
+        "guidance until 0.3",
         "late reuse 4",
         "late reuse 6",
         "unmodified",

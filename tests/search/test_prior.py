@@ -86,15 +86,22 @@ def test_every_suggestion_lies_in_the_space(
 def test_known_savings_are_tried_together(model: ModelIdentity) -> None:
     config = Config()
     points = combined(config, BLOCKS)
-    both = candidate(points["16 steps, late reuse 6, guidance until 0.4"], config, model, "both")
-    assert (both.steps, both.policy.guidance_window) == (16, (0.0, 0.4))
+    both = candidate(points["16 steps, late reuse 6, guidance until 0.3"], config, model, "both")
+    assert (both.steps, both.policy.guidance_window) == (16, (0.0, 0.3))
     acts = {block: (rule.window, rule.action) for rule in both.policy.rules for block in rule.blocks}
-    assert acts == dict.fromkeys(range(BLOCKS), ((0.4, 1.0), Reuse(every=6)))
+    assert acts == dict.fromkeys(range(BLOCKS), ((0.3, 1.0), Reuse(every=6)))
+    better = candidate(points["late forecast 4 until 0.65"], config, model, "better").policy
+    assert {(rule.window, rule.action) for rule in better.rules} == {
+        ((0.3, 0.65), Reuse(every=4, forecast="linear")),
+        ((0.65, 1.0), Reuse(forecast="linear")),
+    }
     known = {candidate(p, config, model, "anchor").key for p in anchors(config, BLOCKS).values()}
     keys = [candidate(p, config, model, "both").key for p in points.values()]
-    assert len({*keys, *known}) == len(keys) + len(known) == 17 + 7
+    assert len({*keys, *known}) == len(keys) + len(known) == 18 + 7
     alone = Config(space=Space(steps=(), guidance_until=(), reuse_every=(3,)))
     assert not combined(alone, BLOCKS)  # late reuse is an anchor
+    neither = Space(steps=(), guidance_until=(), compute_until=(), forecast=False)
+    assert not combined(Config(space=neither), BLOCKS)
 
 
 def test_what_is_no_probe_of_this_model_is_one_sentence(tmp_path: Path) -> None:

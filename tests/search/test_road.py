@@ -73,7 +73,7 @@ def test_every_wanted_trial_finished_and_anchors_came_first(searched: Path) -> N
     trials = trials_of(searched)
     assert [t.state.name for t in trials] == ["COMPLETE"] * TRIALS
     anchors = [t.user_attrs.get("anchor") for t in trials]
-    assert anchors[:6] == ["unmodified", "3 steps", "guidance until 0.4", "late reuse 4", "late reuse 6", "all text up"]
+    assert anchors[:6] == ["unmodified", "3 steps", "guidance until 0.3", "late reuse 4", "late reuse 6", "all text up"]
     assert anchors[6:] == [None] * (TRIALS - 6)
 
 

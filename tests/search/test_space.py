@@ -1,12 +1,13 @@
 """Whatever Optuna proposes is a policy that compiles, and equal behaviour has one key."""
 
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
-from blocktune.policies import Plan, ScaleText
+from blocktune.policies import Plan, Reuse, ScaleText
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Config, Generation, Space
 from blocktune.search.front import short
@@ -28,10 +29,12 @@ def of(distribution: optuna.distributions.BaseDistribution) -> st.SearchStrategy
 
 
 OWN = 6.0  # guidance
+OPTIONAL = {"steps", "guidance_scale", "guidance_until", "compute_until", "forecast"}
 spaces = st.builds(
     Space, bands=st.integers(1, 20), skip=st.booleans(), steps=st.sampled_from([(14,), (20,), ()]),
     guidance_scale=st.sampled_from([(), (4.0, 8.5), (6.0,), (8.5, 6.0, 4.0, 4.0)]),
     guidance_until=st.sampled_from([(), (0.4,), (0.6, 0.3, 0.3)]),
+    compute_until=st.sampled_from([(), (0.1, 0.9), (0.8, 0.45, 0.45)]), forecast=st.booleans(),
     operands=st.sampled_from([("input",), ("key", "value", "logit"), ("input", "value")]),
     text_windows=st.sampled_from([((0.0, 1.0),), ((0.0, 0.15), (0.1, 0.95), (0.3, 0.35))]),
 )  # fmt: skip
@@ -59,8 +62,15 @@ def test_every_proposal_is_a_policy_that_plans(model: ModelIdentity, drawn: tupl
     assert skipped == ({values["skip"]} if values.get("skip_from", NEVER) < NEVER else set())
     louder = {rule.window for rule in chosen.policy.rules if isinstance(rule.action, ScaleText)}
     assert louder <= {tuple(map(float, values["text_window"].split("-")))}
-    if all(values[f"reuse_{i}"] == 1 for i in range(len(bands(config.space, 12)))):
-        assert "reuse" not in {kind for row in kinds for kind in row}
+    last = max(values["reuse_from"], values.get("compute_until", 1.0))
+    for i, blocks in enumerate(bands(config.space, 12)):
+        acting = [b for b in blocks if b not in skipped]
+        if values[f"reuse_{i}"] == 1:
+            assert "reuse" not in {row[b] for row in kinds for b in acting}
+        else:
+            assert {row[b] for row in kinds[ceil(last * chosen.steps) :] for b in acting} <= {"reuse"}
+    forecasts = {rule.action.forecast for rule in chosen.policy.rules if isinstance(rule.action, Reuse)}
+    assert forecasts <= {"linear" if values.get("forecast") else None}
 
 
 @given(params)
@@ -69,7 +79,7 @@ def test_choices_without_effect_do_not_change_the_key(
 ) -> None:
     config, values = drawn
     count = len(bands(config.space, 12))
-    silent = values | {f"reuse_{i}": 1 for i in range(count)} | {"skip_from": NEVER}
+    silent = values | {f"reuse_{i}": 1 for i in range(count)} | {"skip_from": NEVER}  # no reuse, so no forecast either
     plain = anchors(config, 12)["unmodified"] | {"steps": values.get("steps", 20)}
     plain |= {"guidance_scale": values.get("guidance_scale", OWN)}
     plain |= {"guidance_until": values.get("guidance_until", 1.0)}
@@ -119,7 +129,7 @@ def test_neighbours_differ_in_one_choice_by_one_notch(
     assert len({n.key for n in near}) == len(near) <= 2 * len(values)
     for one in near:
         name, value = one.policy.name.split(" ")
-        told = type(values[name])(value)
+        told = value == "True" if name == "forecast" else type(values[name])(value)
         if name.startswith("scale_"):
             assert abs(np.log(told / values[name])) <= 0.1 * np.log(1.8) + 1e-9
         else:
@@ -153,7 +163,7 @@ def test_anchors_lie_in_the_space_but_for_their_steps(config: Config) -> None:
     assert [values["guidance_scale"] for values in points.values()] == [OWN] * 3 + guided + [OWN] * (len(shorter) + 3)
     assert [v["guidance_until"] for v in points.values()] == [1.0] * (3 + len(guided)) + shorter + [1.0] * 3
     for values in points.values():
-        assert choices.keys() <= values.keys() <= choices.keys() | {"steps", "guidance_scale", "guidance_until"}
+        assert choices.keys() <= values.keys() <= choices.keys() | OPTIONAL
         for name in choices.keys() - {"steps"}:
             assert choices[name]._contains(choices[name].to_internal_repr(values[name])), name
 

@@ -22,5 +22,7 @@ def test_refused_as_soon_as_the_model_was_run(tmp_path: Path, tiny_sd3_pipeline:
     run.write_text(run.path / "cost_table.json", TABLE.model_dump_json())
     plain = Candidate(BlockPolicy.for_model(tiny_sd3_pipeline(), "unmodified", []), 4)
     nobody: Any = None  # is asked for anything
-    with pytest.raises(ConfigError, match=r"space.guidance_until is \[0.3, 0.4, 0.6\]; accepted: \[\], for this model"):
+    with pytest.raises(
+        ConfigError, match=r"space.guidance_until is \[0.2, 0.25, 0.3, 0.4, 0.6\]; accepted: \[\], for this model"
+    ):
         Unmodified(plain, (), Config(), run, nobody, nobody)
