@@ -125,7 +125,7 @@ class Watcher:
 
     def _watch(self) -> None:
         driver = psutil.Process()
-        while not self._over.wait(0.05):
+        while not self._over.wait(0.02):
             self.main_gib = max(self.main_gib, driver.memory_info().rss / 2**30)
             if self.kill_after is None or self.killed is not None:
                 continue
@@ -181,7 +181,7 @@ class Host:
         study = Study(config, self.run, self.pool, tracker, self.display)
         assert tracker.run_id, "MLflow's database does not answer"  # it is made once, and that is no trial's time
         with Watcher(self.notes, wanted // 3 if kill else None) as watcher:
-            pids = {note["pid"] for note in read_notes(self.notes)}
+            before = [*self.pool._workers]
             self.pool.waited, process, thread = 0.0, time.process_time(), time.thread_time()
             study.search()
             process, thread = time.process_time() - process, time.thread_time() - thread
@@ -193,7 +193,8 @@ class Host:
                 "none failed": all(t.state == TrialState.COMPLETE for t in trials)}  # fmt: skip
         if kill:
             held |= {"a worker was killed amid a trial": watcher.killed is not None,
-                     "another took its place": not {note["pid"] for note in noted} <= pids}  # fmt: skip
+                     "another took its place":
+                     sum(a is not b for a, b in zip(before, self.pool._workers, strict=True)) == 1}  # fmt: skip
         rates = split(measured, workers)
         return {
             "model": self.model, "workers": workers, "killed": kill, "trials": len(trials), "measured": len(measured),
