@@ -49,9 +49,9 @@ def prior(config: Config, model: ModelIdentity) -> dict[str, dict[str, Any]]:
 def combined(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
     """Fewer steps, late reuse of every block and a shorter guidance, as the anchors have them, two or three at once.
 
-    What each spares is known to add up, while a sampler has to find the same choice for every band on its own. Of the
-    two late reuses that are anchors, the one that computes more often is had here as the space can better it: with a
-    forecast, and with nothing computed near the end.
+    What each spares is known to add up, while a sampler has to find the same choice for every band on its own. Beside
+    the rarest late reuse of the anchors stands one of the middle, as the space can better it: with a forecast, and with
+    nothing computed near the end.
     """
     known, space = anchors(config, num_blocks), config.space
     plain, ends, lasts = known["unmodified"], guidance_ends_of(config), sorted({*space.compute_until})
@@ -61,7 +61,8 @@ def combined(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
         return {f"reuse_{i}": every for i in range(len(bands(space, num_blocks)))}
 
     reuses = {"": {}} | {f"late reuse {every}": reuse(every) for every in space.reuse_every[-1:]}
-    for every in space.reuse_every[-2:-1]:
+    if space.reuse_every and (space.forecast or last < 1):
+        every = space.reuse_every[(len(space.reuse_every) - 1) // 2]
         name = f"late {'forecast' if space.forecast else 'reuse'} {every}" + f" until {last:g}" * (last < 1)
         reuses[name] = reuse(every) | {"forecast": space.forecast, "compute_until": last}
     points = {}
