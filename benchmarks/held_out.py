@@ -24,13 +24,11 @@ from .searching import searched
 from .workbench import Workbench, side_by_side
 
 RESULTS = Path(__file__).parent / "results" / "held_out"
+NEAR = {"": 0.0, ", half near the front": 0.5, ", four fifths near the front": 0.8}
 WAYS = {
-    "tpe": {"sampler": "tpe", "refine": 0},
-    "nsgaii": {"sampler": "nsgaii", "refine": 0},
-    "random": {"sampler": "random", "refine": 0},
-    "tpe, half near the front": {"sampler": "tpe", "refine": 0.5},
-    "nsgaii, half near the front": {"sampler": "nsgaii", "refine": 0.5},
-    "random, four fifths near the front": {"sampler": "random", "refine": 0.8},
+    f"{sampler}{told}": {"sampler": sampler, "refine": share}
+    for told, share in NEAR.items()
+    for sampler in ("tpe", "nsgaii", "random")
 }
 
 
