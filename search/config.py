@@ -108,7 +108,8 @@ class Space(_Section):
         "choice",
     )
     forecast: bool = Field(
-        default=True, description="also try to add what the last two residuals forecast, where a block reuses"
+        default=True,
+        description="also try to add what the last two residuals forecast, where a block reuses and guidance has ended",
     )
     operands: tuple[Literal["input", "key", "value", "logit"], ...] = Field(
         default=("key", "value", "logit"), description="where text may be scaled; not to scale it is always a choice"
@@ -179,7 +180,7 @@ class Search(_Section):
     )
     sampler: Literal["tpe", "gp", "nsgaii", "random"] = "tpe"
     refine: float = Field(
-        default=0.5,
+        default=0.8,
         ge=0,
         le=1,
         description="share of the candidates that are a member of the front with one choice changed by one notch; the "

@@ -66,7 +66,10 @@ def combined(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
         name = f"late {'forecast' if space.forecast else 'reuse'} {every}" + f" until {last:g}" * (last < 1)
         reuses[name] = reuse(every) | {"forecast": space.forecast, "compute_until": last}
     points = {}
-    for steps, (name, reusing), end in product(steps_of(config), reuses.items(), (1.0, *ends[len(ends) // 2 :][:1])):
+    shorter = ends[len(ends) // 2 :][:1]
+    for steps, (name, reusing), end in product(steps_of(config), reuses.items(), (1.0, *shorter)):
+        if reusing.get("forecast") and shorter and end == 1:  # followed once guidance has ended
+            continue
         told = [f"{steps} steps"] * (steps < plain["steps"]) + [name] * bool(name)
         told += [f"guidance until {end:g}"] * (end < 1)
         if len(told) > 1 or (told == [name] and name not in known):

@@ -92,9 +92,18 @@ def suggest(trial: optuna.Trial, space: dict[str, optuna.distributions.BaseDistr
 
 
 def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name: str) -> Candidate:
-    """The policy that `params` spell. A scale within 2 % of 1 is no action; a skipped block does nothing else."""
+    """The policy that `params` spell. A scale within 2 % of 1 is no action; a skipped block does nothing else.
+
+    A forecast is followed where guidance has ended, and before that the residual is reused as it is: guidance magnifies
+    what the line gets wrong.
+    """
     skipped = params["skip"] if params.get("skip_from", NEVER) < NEVER else None
     rules, windows = [], text_windows(config.space)
+    until = params.get("guidance_until", 1.0)
+    first, last = params["reuse_from"], max(params["reuse_from"], params.get("compute_until", 1.0))
+    ahead = until if guidance_ends_of(config) else 0.0
+    ahead = max(first, ahead) if params.get("forecast", False) else 1.0
+    edges = sorted({first, last, ahead, 1.0})
     for i, blocks in enumerate(bands(config.space, model.num_blocks)):
         acting = tuple(block for block in blocks if block != skipped)
         if not acting:
@@ -104,17 +113,15 @@ def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name
             action = ScaleText(operand=params["operand"], scale=scale)
             rules.append(Rule(blocks=acting, window=windows[params["text_window"]], action=action))
         if params[f"reuse_{i}"] > 1:
-            forecast = "linear" if params.get("forecast", False) else None
-            first, last = params["reuse_from"], max(params["reuse_from"], params.get("compute_until", 1.0))
-            for every, window in ((params[f"reuse_{i}"], (first, last)), (None, (last, 1.0))):
-                if window[0] < window[1]:
-                    rules.append(Rule(blocks=acting, window=window, action=Reuse(every=every, forecast=forecast)))
+            for window in pairwise(edges):
+                every = params[f"reuse_{i}"] if window[0] < last else None
+                action = Reuse(every=every, forecast="linear" if window[0] >= ahead else None)
+                rules.append(Rule(blocks=acting, window=window, action=action))
     if skipped is not None:
         rules.append(Rule(blocks=(skipped,), window=(params["skip_from"], 1.0), action=Skip()))
     own = config.generation
     steps, guidance = params.get("steps", own.num_inference_steps), params.get("guidance_scale", own.guidance_scale)
-    until = (0.0, params.get("guidance_until", 1.0))
-    policy = BlockPolicy(name=name, model=model, rules=tuple(rules), guidance_window=until)
+    policy = BlockPolicy(name=name, model=model, rules=tuple(rules), guidance_window=(0.0, until))
     return Candidate(policy, steps, guidance if guidance != own.guidance_scale else None)
 
 

@@ -90,14 +90,14 @@ def test_known_savings_are_tried_together(model: ModelIdentity) -> None:
     assert (both.steps, both.policy.guidance_window) == (16, (0.0, 0.3))
     acts = {block: (rule.window, rule.action) for rule in both.policy.rules for block in rule.blocks}
     assert acts == dict.fromkeys(range(BLOCKS), ((0.3, 1.0), Reuse(every=6)))
-    better = candidate(points["late forecast 3 until 0.65"], config, model, "better").policy
+    better = candidate(points["late forecast 3 until 0.65, guidance until 0.3"], config, model, "better").policy
     assert {(rule.window, rule.action) for rule in better.rules} == {
         ((0.3, 0.65), Reuse(every=3, forecast="linear")),
         ((0.65, 1.0), Reuse(forecast="linear")),
     }
     known = {candidate(p, config, model, "anchor").key for p in anchors(config, BLOCKS).values()}
     keys = [candidate(p, config, model, "both").key for p in points.values()]
-    assert len({*keys, *known}) == len(keys) + len(known) == 18 + 7
+    assert len({*keys, *known}) == len(keys) + len(known) == 14 + 7
     alone = Config(space=Space(steps=(), guidance_until=(), reuse_every=(3,)))
     assert [*combined(alone, BLOCKS)] == ["late forecast 3 until 0.65"]  # late reuse is an anchor
     neither = Space(steps=(), guidance_until=(), compute_until=(), forecast=False)

@@ -69,8 +69,10 @@ def test_every_proposal_is_a_policy_that_plans(model: ModelIdentity, drawn: tupl
             assert "reuse" not in {row[b] for row in kinds for b in acting}
         else:
             assert {row[b] for row in kinds[ceil(last * chosen.steps) :] for b in acting} <= {"reuse"}
-    forecasts = {rule.action.forecast for rule in chosen.policy.rules if isinstance(rule.action, Reuse)}
-    assert forecasts <= {"linear" if values.get("forecast") else None}
+    for rule in chosen.policy.rules:
+        if isinstance(rule.action, Reuse):
+            ended = not config.space.guidance_until or rule.window[0] >= values["guidance_until"]
+            assert rule.action.forecast == ("linear" if values.get("forecast") and ended else None)
 
 
 @given(params)
