@@ -98,31 +98,34 @@ def candidate(params: dict[str, Any], config: Config, model: ModelIdentity, name
     what the line gets wrong.
     """
     skipped = params["skip"] if params.get("skip_from", NEVER) < NEVER else None
-    rules, windows = [], text_windows(config.space)
+    windows = text_windows(config.space)
+    acting: dict[tuple[tuple[float, float], ScaleText | Reuse | Skip], list[int]] = {}  # bands that act alike are one
     until = params.get("guidance_until", 1.0)
     first, last = params["reuse_from"], max(params["reuse_from"], params.get("compute_until", 1.0))
     ahead = until if guidance_ends_of(config) else 0.0
     ahead = max(first, ahead) if params.get("forecast", False) else 1.0
     edges = sorted({first, last, ahead, 1.0})
     for i, blocks in enumerate(bands(config.space, model.num_blocks)):
-        acting = tuple(block for block in blocks if block != skipped)
-        if not acting:
+        own = [block for block in blocks if block != skipped]
+        if not own:
             continue
         scale = round(params[f"scale_{i}"], 3)
         if params["operand"] != QUIET and scale > 1.02:
             action = ScaleText(operand=params["operand"], scale=scale)
-            rules.append(Rule(blocks=acting, window=windows[params["text_window"]], action=action))
+            acting.setdefault((windows[params["text_window"]], action), []).extend(own)
         if params[f"reuse_{i}"] > 1:
             for window in pairwise(edges):
                 every = params[f"reuse_{i}"] if window[0] < last else None
                 action = Reuse(every=every, forecast="linear" if window[0] >= ahead else None)
-                rules.append(Rule(blocks=acting, window=window, action=action))
+                acting.setdefault((window, action), []).extend(own)
     if skipped is not None:
-        rules.append(Rule(blocks=(skipped,), window=(params["skip_from"], 1.0), action=Skip()))
-    own = config.generation
-    steps, guidance = params.get("steps", own.num_inference_steps), params.get("guidance_scale", own.guidance_scale)
-    policy = BlockPolicy(name=name, model=model, rules=tuple(rules), guidance_window=(0.0, until))
-    return Candidate(policy, steps, guidance if guidance != own.guidance_scale else None)
+        acting[(params["skip_from"], 1.0), Skip()] = [skipped]
+    rules = tuple(Rule(blocks=tuple(of), window=window, action=action) for (window, action), of in acting.items())
+    policy = BlockPolicy(name=name, model=model, rules=rules, guidance_window=(0.0, until))
+    plain = config.generation
+    steps = params.get("steps", plain.num_inference_steps)
+    guidance = params.get("guidance_scale", plain.guidance_scale)
+    return Candidate(policy, steps, guidance if guidance != plain.guidance_scale else None)
 
 
 def notches(params: dict[str, Any], config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
