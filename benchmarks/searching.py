@@ -11,7 +11,7 @@ from blocktune.search.config import Search
 from blocktune.search.front import Point, chance_to_hold, non_dominated, shortlist
 from blocktune.search.prior import prior
 from blocktune.search.racing import Race, rounds
-from blocktune.search.space import anchors, candidate, distributions, near, steps_of, suggest
+from blocktune.search.space import Around, anchors, candidate, distributions, steps_of, suggest
 from blocktune.search.study import given, join_population, new_sampler
 from optuna.trial import TrialState
 
@@ -47,6 +47,7 @@ def proposals(bench: Workbench, search: Search, pictures: int, first: int | None
     plain = bench.baseline(costs.run_seconds, "search", pictures)
     before = bench.matrix(Way("unmodified", "unmodified", bench.steps), "search", pictures)
     race, seen = Race(pictures, costs.run_seconds), dict[str, Proposal]()
+    around = Around(config, bench.model)
     rng, whole = np.random.default_rng(search.seed), list[tuple[dict[str, Any], Point]]()  # those with all pictures
     while True:
         beside = None
@@ -54,7 +55,7 @@ def proposals(bench: Workbench, search: Search, pictures: int, first: int | None
         if not waiting and rng.random() < search.refine:
             front = non_dominated(point for _, point in whole)
             members = [params for params, point in whole if point in front]
-            beside = near(members[rng.integers(len(members))], seen, config, bench.model, rng)
+            beside = around.near(members[rng.integers(len(members))], seen, rng)
         with given(study, beside):
             trial = study.ask()
             params = suggest(trial, space)

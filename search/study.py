@@ -29,7 +29,7 @@ from .progress import Display
 from .prompts import read_prompts
 from .racing import Race, rounds
 from .run_directory import RunDirectory
-from .space import anchors, candidate, distributions, near, steps_of, suggest
+from .space import Around, anchors, candidate, distributions, steps_of, suggest
 from .storage import STUDY, Storage, feasible, point_of, study_url
 from .tally import Tally
 from .tracking import Tracker
@@ -99,6 +99,7 @@ class Study:
         self.prompts = read_prompts(config, "search")
         self._space = distributions(config, self.model.num_blocks)
         self._anchors = anchors(config, self.model.num_blocks)
+        self._around = Around(config, self.model)
         plain = candidate(self._anchors["unmodified"], config, self.model, "unmodified")
         self.unmodified = Unmodified(plain, self.prompts, config, run, pool, display)
         self.baseline = self.unmodified.point
@@ -228,7 +229,7 @@ class Study:
         if not members:
             return None
         known = self._known.keys() | {t.user_attrs["key"] for t in trials if t.state == TrialState.RUNNING}
-        return near(members[rng.integers(len(members))], known, self.config, self.model, rng)
+        return self._around.near(members[rng.integers(len(members))], known, rng)
 
     def _ask(self) -> tuple[optuna.Trial, Candidate]:
         with given(self.study, self._near()):

@@ -11,7 +11,7 @@ from blocktune.policies import Plan, Reuse, ScaleText
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import Config, Generation, Space
 from blocktune.search.front import short
-from blocktune.search.space import NEVER, QUIET, anchors, bands, candidate, distributions, near, neighbours
+from blocktune.search.space import NEVER, QUIET, Around, anchors, bands, candidate, distributions, neighbours
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,14 +144,14 @@ def test_neighbours_differ_in_one_choice_by_one_notch(
 def test_near_is_an_unknown_neighbour(model: ModelIdentity, drawn: tuple[Config, dict[str, Any]], seed: int) -> None:
     config, values = drawn
     around = {one.key for one in neighbours(values, config, model)}
-    rng, known = np.random.default_rng(seed), set[str]()
+    rng, known, near = np.random.default_rng(seed), set[str](), Around(config, model).near
     for _ in range(min(3, len(around))):
-        chosen = near(values, known, config, model, rng)
+        chosen = near(values, known, rng)
         assert chosen is not None
         key = candidate(chosen, config, model, "x").key
         assert key in around - known
         known.add(key)
-    assert near(values, around, config, model, rng) is None
+    assert near(values, around, rng) is None
 
 
 @given(configs)

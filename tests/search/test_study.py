@@ -13,7 +13,7 @@ import pytest
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import load_config
 from blocktune.search.front import Point
-from blocktune.search.space import anchors, candidate, distributions, neighbours, suggest
+from blocktune.search.space import Around, anchors, candidate, distributions, neighbours, suggest
 from blocktune.search.study import Study, given, join_population, new_sampler
 from optuna.trial import TrialState
 
@@ -101,6 +101,7 @@ def test_as_many_candidates_as_wanted_lie_near_the_front_and_none_while_known_po
     trial = optuna.trial.create_trial(params=params, distributions=space, value=0.0, user_attrs={"key": key})
     study: Any = object.__new__(Study)
     study.config, study.model, study._known = config, model, {key: trial}
+    study._around = Around(config, model)
     study.tally = SimpleNamespace(front=[Point("trial 0", 0.9, 0.9, 1.0, key)])
     study.study = optuna.create_study(sampler=new_sampler(config, 0))
     around = {one.key for one in neighbours(params, config, model)}
