@@ -147,7 +147,7 @@ def notches(params: dict[str, Any], config: Config, num_blocks: int) -> dict[str
 
 
 def neighbours(params: dict[str, Any], config: Config, model: ModelIdentity) -> list[Candidate]:
-    """What is a notch away from `params` and does something else."""
+    """What is a notch away from `params` and does something else, called by the change."""
     own, found = candidate(params, config, model, "itself"), dict[str, Candidate]()
     for name, changed in notches(params, config, model.num_blocks).items():
         one = candidate(changed, config, model, name)
@@ -168,8 +168,8 @@ class Around:
         own = candidate(params, self.config, self.model, "itself").key
         if own not in self._found:
             changes = notches(params, self.config, self.model.num_blocks)
-            around = {candidate(p, self.config, self.model, name).key: p for name, p in changes.items()}
-            self._found[own] = {key: p for key, p in around.items() if key != own}
+            around = neighbours(params, self.config, self.model)
+            self._found[own] = {one.key: changes[one.policy.name] for one in around}
         unknown = [p for key, p in self._found[own].items() if key not in known]
         return unknown[rng.integers(len(unknown))] if unknown else None
 
