@@ -18,10 +18,22 @@ SPLITS_IN_FIRST_BLOCK = ["qwen-image", "wan"]  # FLUX deals its tokens out befor
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
     """What rank 0 printed; rank 1 has to agree."""
-    store = tmp_path_factory.mktemp("ranks") / "store"
-    ranks = [
+    for _ in range(2):
+        codes, outs, errors = ranks(tmp_path_factory.mktemp("ranks") / "store")
+        if min(codes) >= 0:
+            break
+        # gloo's own thread ends the process by a signal once in hundreds of runs: no answer yet about policies
+    assert codes == [0, 0], errors[0] + errors[1]
+    first, second = (json.loads(out.splitlines()[-1]) for out in outs)
+    assert first == second
+    return first
+
+
+def ranks(store: Path) -> tuple[list[int], tuple[str, ...], tuple[str, ...]]:
+    """Exit codes, outputs and errors of both."""
+    both = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.policies.compose.two_ranks", str(rank), str(store)],
+            [sys.executable, "-X", "faulthandler", "-m", "tests.policies.compose.two_ranks", str(rank), str(store)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -30,11 +42,8 @@ def found(tmp_path_factory) -> dict[str, Any]:
         )
         for rank in range(2)
     ]
-    printed = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], printed[0][1] + printed[1][1]
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in printed)
-    assert first == second
-    return first
+    outs, errors = zip(*(rank.communicate(timeout=120) for rank in both), strict=True)
+    return [rank.returncode for rank in both], outs, errors
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -76,7 +76,8 @@ def main(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
     torch._C._get_accelerator = lambda *_: torch.device("cpu")
     torch.accelerator = SimpleNamespace(device_count=lambda: 1)
-    print(json.dumps({name: outcomes(FAMILY[name]) for name in NAMES}))
+    print(json.dumps({name: outcomes(FAMILY[name]) for name in NAMES}), flush=True)
+    dist.barrier()  # neither leaves before the other has read what it was sent
     dist.destroy_process_group()
 
 
