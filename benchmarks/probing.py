@@ -5,19 +5,34 @@ the same prompts and seeds; in `--run` the probe goes on where it was cut short.
 per effect, how many of the blocks found are among the best by all pictures, of which several may be equal. Since blocks
 often differ by less than the pictures can tell, also by how many points those found do worse on all pictures than the
 best do there, on average, beside half of the 95 % interval of one block's difference.
+
+What the same probe would have found on other prompts: the pictures of the full one are divided at random, and told is
+how many of the best blocks by so many pictures are among the best by as many others, beside what chance has. More
+pictures than there are search prompts are the same prompts with other seeds; those of a prompt stay together.
 """
 
 import argparse
 import json
+import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from blocktune.search.config import Probe, load_config
-from blocktune.search.probe import EFFECTS, best_blocks, launch_probe, pictures
+import torch
+from blocktune.evaluators import Prompt
+from blocktune.evaluators.prompts import write_splits
+from blocktune.policies.policy import ModelIdentity
+from blocktune.reference import prompts
+from blocktune.search.config import Config, Probe, load_config
+from blocktune.search.generation import load
+from blocktune.search.probe import EFFECTS, Part, best_blocks, launch_probe, pictures
+from blocktune.search.run_directory import RunDirectory
 
 RESULTS = Path(__file__).parent / "results"
+DIVISIONS = 400
 
 
 def compare(full: Any, coarse: Any, effect: str, count: int) -> dict[str, Any]:
@@ -32,6 +47,45 @@ def compare(full: Any, coarse: Any, effect: str, count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def with_seeds(images: int) -> list[Prompt]:
+    """The first so many search prompts, and from there on the same with other seeds."""
+    known = prompts("search")
+    above = 1 + max(prompt.seed for prompt in known)
+    return [replace(known[i % len(known)], seed=known[i % len(known)].seed + i // len(known) * above)
+            for i in range(images)]  # fmt: skip
+
+
+def gains_of(run: RunDirectory, config: Config, model: ModelIdentity) -> np.ndarray:
+    """What each picture of a full probe gained, or how far it needs the text: (effects, blocks, pictures)."""
+    name, before = config.objectives.alignment, run.read_scores("unmodified")
+
+    def gains(effect: str, block: int) -> np.ndarray:
+        part = Part(effect, (block,), config.probe.windows[0], len(before))
+        return EFFECTS[effect][1] * (run.read_scores(part.file(model, config.probe.scale))[name] - before[name])
+
+    return np.array([[gains(effect, block) for block in range(model.num_blocks)] for effect in config.probe.effects])
+
+
+def agreement(gains: np.ndarray, texts: np.ndarray, count: int, chosen: int) -> dict[str, Any]:
+    """Of the best blocks by about `count` pictures, how many are among the best by as many of other prompts.
+
+    `gains` are (effects, blocks, pictures), `texts` the prompts of the pictures.
+    """
+    rng, same = np.random.default_rng(0), []
+    different, prompt = np.unique(texts, return_inverse=True)
+    size = len(different) * count // len(texts)
+    for _ in range(DIVISIONS):
+        place = rng.permutation(len(different))[prompt]
+        halves = [(start <= place) & (place < start + size) for start in (0, size)]
+        best = [np.argsort(-gains[..., half].mean(-1), axis=1)[:, :chosen] for half in halves]
+        same.append(sum(len(np.intersect1d(a, b)) for a, b in zip(*best, strict=True)))
+    effects, blocks, _ = gains.shape
+    return {
+        "pictures": count, "same": float(np.mean(same)), "deviation": float(np.std(same)), "of": effects * chosen,
+        "by_chance": effects * chosen**2 / blocks,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=Probe().images, help="that count as all pictures of a block")
@@ -41,30 +95,46 @@ def main() -> None:
     args = parser.parse_args()
     tables = {}
     shares = {"coarse": Probe().share, "full": 1.0}
-    counts = [f"probe.images={args.images}", f"prompts.search_images={args.images}", "probe.random_sets=0"]
-    counts += [f"probe.first_images={max(1, args.images // 8)}"]
+    counts = [f"probe.images={args.images}", "probe.random_sets=0", f"probe.first_images={max(1, args.images // 8)}"]
     with tempfile.TemporaryDirectory() as place:
+        folder = args.run or Path(place) / "run"
+        drawn = with_seeds(args.images)
+        write_splits(folder.with_name(folder.name + "-prompts"), {"search": tuple(drawn)})
+        source = folder.with_name(folder.name + "-prompts") / "search.jsonl"
+        for split in ("search", "confirm"):  # nothing is confirmed, but a probe has as many as the fewer of both
+            counts += [f"prompts.{split}={source}", f"prompts.{split}_images={args.images}"]
         for name, share in shares.items():
             config = load_config(None, [*args.overrides, *counts, f"probe.share={share}"])
-            run = launch_probe(config, args.run or Path(place) / "run")
+            run = launch_probe(config, folder)
             tables[name] = pd.read_parquet(run.path / "probe.parquet")
         config, on = run.load_config(), run.read_state()
+        model = ModelIdentity.of(load(config.model.path, "cpu", torch.float32))
+        gains = gains_of(run, config, model)
     rows = [compare(tables["full"], tables["coarse"], e, config.probe.chosen) for e in config.probe.effects]
-    blocks = int(tables["full"]["block"].max()) + 1
-    drawn = {
-        name: pictures(config.probe.model_copy(update={"share": share}), blocks, args.images)
+    counted = {
+        name: pictures(config.probe.model_copy(update={"share": share}), model.num_blocks, args.images)
         for name, share in shares.items()
     }
-    print(f"{drawn['coarse']} of {drawn['full']} pictures, {100 * drawn['coarse'] / drawn['full']:.1f} %")
+    print(f"{counted['coarse']} of {counted['full']} pictures, {100 * counted['coarse'] / counted['full']:.1f} %")
     for row in rows:
         print(
             f"{row['effect']:<16} best {row['best']}, found {row['found']}: {row['same']} the same, "
             f"{row['points_lost']:.2f} points lost; one block's interval is +-{row['half_interval']:.2f}"
         )
+    texts = np.array([prompt.text for prompt in drawn])
+    divided = [
+        agreement(gains, texts, args.images // 2**k, config.probe.chosen)
+        for k in range(1, max(2, round(math.log2(args.images / 24))))
+    ]
+    for row in divided:
+        print(
+            f"{row['pictures']:5} pictures of every block and as many of other prompts agree on {row['same']:.1f} of "
+            f"{row['of']} (by chance {row['by_chance']:.1f})"
+        )
     told = {"device": f"{on['device']}, {on['dtype']}", "versions": on["versions"], "seed": config.search.seed}
-    told |= {"images": args.images, "drawn": drawn["coarse"], "full": drawn["full"], "effects": rows}
+    told |= {"images": args.images, "drawn": counted["coarse"], "full": counted["full"], "effects": rows}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "probing.json").write_text(json.dumps(told, indent=2) + "\n")
+    (args.out / "probing.json").write_text(json.dumps(told | {"divided": divided}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

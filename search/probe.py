@@ -70,6 +70,11 @@ class Part:
         rule = Rule(blocks=self.blocks, window=self.window, action=action)
         return BlockPolicy(name=str(self), model=model, rules=(rule,))
 
+    def file(self, model: ModelIdentity, scale: float) -> str:
+        """What its scores are called in the run directory, however many pictures they are of."""
+        digest = hashlib.sha256(f"{self.policy(model, scale).digest}-{self.split}".encode()).hexdigest()
+        return f"probe-{digest[:16]}"
+
 
 class Probe:
     """A probe in one run directory; what was measured stays there, and is not measured again."""
@@ -175,9 +180,7 @@ class Probe:
         self._before = self.run.read_scores(name)
 
     def _name(self, part: Part) -> str:
-        policy = part.policy(self.model, self.config.probe.scale)
-        digest = hashlib.sha256(f"{policy.digest}-{part.split}".encode()).hexdigest()
-        return f"probe-{digest[:16]}"
+        return part.file(self.model, self.config.probe.scale)
 
     def _run(self, parts: list[Part]) -> dict[Part, Scores]:
         """Measure what is missing; scores of all that did not fail. An effect that fails is refused from now on."""

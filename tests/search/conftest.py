@@ -120,12 +120,26 @@ def trials_of(run: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name="blocktune", storage=f"sqlite:///{run / 'study.db'}").get_trials()
 
 
-def sentence(stderr: str) -> str:
-    """The one line that a person is told; no traceback."""
-    assert "Traceback" not in stderr
-    told = [line for line in stderr.splitlines() if line.startswith("blocktune: ")]
-    assert len(told) == 1, stderr
-    return told[0]
+@pytest.fixture
+def in_place(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in this process find what they find in the world's: what starts no worker needs none of its own."""
+    monkeypatch.syspath_prepend(world.folder)
+    monkeypatch.delitem(sys.modules, "lamp", raising=False)
+    monkeypatch.chdir(world.cwd)
+    for name in ("FAULTS", "PAUSE"):
+        monkeypatch.setenv(name, world.environment[name])
+
+
+@pytest.fixture
+def printed(blocktune: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """What a command prints that ends well."""
+
+    def run(*arguments: object) -> str:
+        code, told, errors = blocktune(*map(str, arguments))
+        assert code == 0, told + errors
+        return told
+
+    return run
 
 
 @pytest.fixture(scope="session")

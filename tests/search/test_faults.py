@@ -3,17 +3,15 @@
 import fcntl
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from .conftest import sentence, trials_of, until
+from .conftest import trials_of, until
 
 TRIALS = 9
 
@@ -39,13 +37,6 @@ def world(new_world: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def run(world: Any) -> Path:
     return world.folder / "run"
-
-
-@pytest.fixture
-def in_place(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is refused or told before any worker is started needs no process of its own."""
-    monkeypatch.syspath_prepend(str(world.folder))
-    monkeypatch.chdir(world.cwd)
 
 
 @pytest.fixture(scope="module")
@@ -166,19 +157,6 @@ def test_resume_with_another_search_is_refused(
     assert (run / "config.yaml").read_bytes() == before
 
 
-def test_resume_with_another_model_under_the_same_path_is_refused(
-    world: Any, run: Path, ended: list[FrozenTrial], tmp_path: Path
-) -> None:
-    """The study knows the model it was made for, whatever its folder is called."""
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    storage = f"sqlite:///{copy / 'study.db'}"
-    optuna.load_study(study_name="blocktune", storage=storage).set_user_attr("fingerprint", "another")
-    more = ["--set", f"search.trials={TRIALS + 1}"]
-    done = world.run("search", world.config, "--out", copy, "--resume", *more, code=2)
-    assert "is of another model, space or objective" in sentence(done.stderr)
-
-
 @pytest.mark.usefixtures("in_place")
 def test_another_search_over_a_run_is_refused(
     world: Any, run: Path, ended: list[FrozenTrial], mistake: Callable[..., str]
@@ -214,49 +192,3 @@ def test_two_searches_in_one_folder_are_refused(
         fcntl.flock(held, fcntl.LOCK_EX)
         told = mistake("search", "--resume", "--out", str(run), "--set", f"search.trials={TRIALS + 1}")
     assert "is in use by another search" in told
-
-
-# In a process of its own: Ray leaves open handles to its servers behind, which pytest would take for this test's.
-POOL = """
-import json, os, signal, sys, time
-from pathlib import Path
-from blocktune.search.config import load_config
-from blocktune.search.pool import Job, Pool
-
-def ended(job):
-    pool.submit(job)
-    while not (done := pool.wait(timeout=1.0)):
-        if job is slow and job.attempts == 1 and time.monotonic() - began > 1:
-            os.kill(first, signal.SIGKILL)
-    assert done == [job]
-    return {"error": job.error, "attempts": job.attempts, "result": job.result}
-
-pool = Pool(load_config(Path(sys.argv[1]), []))
-slow = Job("__ray_call__", (lambda worker: (time.sleep(4), os.getpid())[1],))
-poison = Job("__ray_call__", (lambda worker: os._exit(1),))
-place = Path(sys.argv[1]).parent
-hangs = Job("__ray_call__", (lambda worker: (place / "hung").exists() or ((place / "hung").touch(), time.sleep(600)),))
-(asked,) = pool.run([Job("__ray_call__", (lambda worker: os.getpid(),))])
-first, began = asked.result, time.monotonic()
-told = {"first": first, "slow": ended(slow)}
-pool.limit = 1.0
-told["hangs"] = ended(hangs)
-pool.limit = None
-told |= {"poison": ended(poison), "size": pool.size}
-(described,) = pool.run([Job("describe", ())])
-told["blocks"] = described.result.model.num_blocks
-pool.close()
-print(json.dumps(told))
-"""
-
-
-def test_workers_that_die_are_replaced(new_world: Callable[..., Any]) -> None:
-    """A job whose worker is killed or hangs is done by the next; one that kills two fails; the pool stays as large."""
-    told = new_world().drive(POOL)
-    assert told["slow"]["error"] is None
-    assert told["slow"]["attempts"] == 2
-    assert told["slow"]["result"] != told["first"]
-    assert told["poison"] == {"error": "its worker died 2 times", "attempts": 2, "result": None}
-    assert told["hangs"] == {"error": None, "attempts": 2, "result": True}
-    assert told["size"] == 1
-    assert told["blocks"] == 12

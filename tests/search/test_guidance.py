@@ -79,14 +79,6 @@ def policy(searched: Path, member: dict[str, Any]) -> Path:
     return searched / "policies" / f"{member['name'].replace(' ', '-')}.json"
 
 
-def drawn(world: Any, model: Path, *more: object) -> np.ndarray:
-    """What `blocktune generate` draws for the second of the held-out prompts."""
-    ask = ["generate", "--prompt", "a photo of a red ring", "--seed", 101, "--model", model]
-    world.run(*ask, *more, "-o", world.folder / "one.png")
-    with Image.open(world.folder / "one.png") as picture:
-        return np.asarray(picture).astype(int)
-
-
 def test_the_model_at_another_guidance_is_an_anchor(
     searched: Path, trials: list[optuna.trial.FrozenTrial], confirmed: list[dict[str, Any]]
 ) -> None:
@@ -115,47 +107,52 @@ def test_every_trial_was_drawn_at_its_own(searched: Path, trials: list[optuna.tr
 
 
 def test_generate_draws_the_picture_that_was_scored(
-    world: Any, searched: Path, tiny_model: Path, member: dict[str, Any], policy: Path
+    searched: Path, tiny_model: Path, tmp_path: Path, member: dict[str, Any], policy: Path, printed: Callable[..., str]
 ) -> None:
+    def drawn(*more: object) -> np.ndarray:
+        ask = ["generate", "--policy", policy, "--prompt", "a photo of a red ring", "--seed", 101, *more]
+        printed(*ask, "--model", tiny_model, "-o", tmp_path / "one.png")
+        with Image.open(tmp_path / "one.png") as picture:
+            return np.asarray(picture).astype(int)
+
     name = f"confirm-{member['key'][:16]}-{member['steps']}-{OTHER}"
     with np.load(searched / "images" / f"{name}.npz") as stored:
         scored = stored["images"][1]
-    assert np.abs(drawn(world, tiny_model, "--policy", policy) - scored).max() <= 1
-    assert np.abs(drawn(world, tiny_model, "--policy", policy, "--guidance", OWN) - scored).max() > 1
+    assert np.abs(drawn() - scored).max() <= 1
+    assert np.abs(drawn("--guidance", OWN) - scored).max() > 1
 
 
-def test_the_file_names_both_scales_and_holds_what_it_claims(world: Any, tiny_model: Path, policy: Path) -> None:
+@pytest.mark.usefixtures("in_place")
+def test_the_file_names_both_scales_and_holds_what_it_claims(
+    world: Any, tiny_model: Path, policy: Path, printed: Callable[..., str]
+) -> None:
     loaded = BlockPolicy.load(policy)
     assert loaded.tuned_for is not None
     assert loaded.evidence is not None
     assert loaded.tuned_for["guidance_scale"] == OTHER
     assert loaded.evidence["unmodified"]["guidance_scale"] == OWN
     ask = [policy, "--model", tiny_model, "--prompts", world.folder / "confirm.jsonl"]
-    told = json.loads(
-        world.run("verify", *ask, "--tolerance", 0.99, "--evaluators", "lamp:Brightness,psnr", "--json").stdout
-    )
+    told = json.loads(printed("verify", *ask, "--tolerance", 0.99, "--evaluators", "lamp:Brightness,psnr", "--json"))
     assert told["guidance_scale"] == OTHER
     for figure in told["figures"][1:]:  # the prompts and seeds that were confirmed, so the very scores
         assert figure["measured"]["delta"] == pytest.approx(figure["claimed"]["delta"], abs=1e-3)
     claim = loaded.evidence["confirmed"]["lamp:Brightness"]
-    (line,) = world.run("evaluate", *ask, "--evaluators", "lamp:Brightness").stdout.splitlines()
+    (line,) = printed("evaluate", *ask, "--evaluators", "lamp:Brightness").splitlines()
     assert float(line.split()[1]) == pytest.approx(claim["value"], abs=1e-3)
     assert float(line.split()[3]) == pytest.approx(claim["baseline"], abs=1e-3)
 
 
 def test_guidance_is_told_where_it_is_not_the_models_own(
-    world: Any, searched: Path, confirmed: list[dict[str, Any]], member: dict[str, Any]
+    searched: Path, confirmed: list[dict[str, Any]], member: dict[str, Any], printed: Callable[..., str]
 ) -> None:
     lines = (searched / "report.md").read_text().splitlines()
     for c in confirmed:
         line = next(one for one in lines if one.startswith(f"| {c['name']} |"))  # of the first table
         assert f"| {c['steps']}{', guidance 2.5' if 'guidance_scale' in c else ''} |" in line
-    rows = json.loads(world.run("front", searched, "--format", "json").stdout)
+    rows = json.loads(printed("front", searched, "--format", "json"))
     assert {row["guidance_scale"] for row in rows} <= {OWN, OTHER}
-    assert world.run("front", searched, "--format", "csv").stdout.startswith(
-        "name,alignment,quality,latency,steps,guid"
-    )
-    table = world.run("front", searched).stdout.splitlines()
+    assert printed("front", searched, "--format", "csv").startswith("name,alignment,quality,latency,steps,guid")
+    table = printed("front", searched).splitlines()
     assert [line.endswith(", guidance 2.5") for line in table] == [row["guidance_scale"] == OTHER for row in rows]
     shown = answer(RunFiles(searched), f"api/candidates/{member['name'].replace(' ', '-')}")
     assert shown["guidance"] == OTHER

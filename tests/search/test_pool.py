@@ -28,7 +28,9 @@ def tell(what):
     if fault.exists():
         told = fault.read_text()
         fault.unlink()
-        if told == "die":
+        if told == "die twice":
+            fault.write_text("die")
+        if told.startswith("die"):
             time.sleep(0.2)  # until the driver knows what was finished before
             os.kill(os.getpid(), signal.SIGKILL)
         if told == "hang":
@@ -69,7 +71,10 @@ class Worker:
 blocktune.search.pool.Worker = Worker
 pool = Pool(load_config(Path(sys.argv[1]), []))
 told = {}
-for faults in ({}, {"score b": "raise"}, {"draw b": "die"}, {"score b": "die"}, {"score b": "hang"}):
+for faults in (
+    {}, {"score b": "raise"}, {"draw b": "die"}, {"draw b": "hang"}, {"draw b": "die twice"}, {"score b": "die"},
+    {"score b": "hang"},
+):
     (PLACE / "log").write_text("")
     for what, fault in faults.items():
         (PLACE / what).write_text(fault)
@@ -131,6 +136,20 @@ def test_a_worker_that_dies_costs_the_candidate_before_no_attempt(told: dict[str
     assert found["scores"] == [1] * 3
     assert sorted(found["order"]) == ["a", "b", "c"]
     assert found["log"].count("draw b") == 2
+
+
+def test_a_worker_that_hangs_is_replaced(told: dict[str, dict[str, Any]]) -> None:
+    found = told["draw b hang"]
+    assert found["errors"] == [None] * 3
+    assert found["attempts"][1:] == [2, 1]
+    assert found["log"].count("draw b") == 2
+
+
+def test_a_candidate_that_kills_two_workers_fails(told: dict[str, dict[str, Any]]) -> None:
+    found = told["draw b die twice"]
+    assert found["errors"] == [None, "its worker died 2 times", None]
+    assert found["attempts"] == [1, 2, 1]
+    assert sorted(found["order"]) == ["a", "c"]
 
 
 @pytest.mark.parametrize("fault", ["die", "hang"])

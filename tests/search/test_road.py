@@ -181,9 +181,10 @@ def test_a_report_tells_what_its_run_measured(searched: Path, tmp_path: Path) ->
     assert not any("transformer alone" in line for line in lines)
 
 
-def test_a_dry_run_counted_no_less_than_was_drawn(world: Any, searched: Path) -> None:
+@pytest.mark.usefixtures("in_place")
+def test_a_dry_run_counted_no_less_than_was_drawn(world: Any, searched: Path, printed: Callable[..., str]) -> None:
     before = {p: p.stat().st_mtime_ns for p in searched.rglob("*")}
-    told = world.run("search", world.config, "--dry-run").stdout
+    told = printed("search", world.config, "--dry-run")
     assert {p: p.stat().st_mtime_ns for p in searched.rglob("*")} == before
     assert "of one " in told, "the hours are known by the run's cost table"
     assert "as differences spread in the median of" in told
@@ -194,24 +195,26 @@ def test_a_dry_run_counted_no_less_than_was_drawn(world: Any, searched: Path) ->
         assert 0 < drawn <= counted, stage
 
 
-def test_export_writes_the_same_policy(world: Any, searched: Path) -> None:
+def test_export_writes_the_same_policy(world: Any, searched: Path, printed: Callable[..., str]) -> None:
     pick = sorted((searched / "policies").glob("*.json"))[0]
     output = world.folder / "exported.json"
-    world.run("export", searched, "--pick", pick.stem, "-o", output)
+    printed("export", searched, "--pick", pick.stem, "-o", output)
     assert BlockPolicy.load(output) == BlockPolicy.load(pick)
 
 
-def test_status_and_front(world: Any, searched: Path) -> None:
-    assert f"{TRIALS} complete, 0 failed, 0 running, {TRIALS} wanted" in world.run("status", searched).stdout
-    rows = json.loads(world.run("front", searched, "--format", "json").stdout)
+def test_status_and_front(searched: Path, printed: Callable[..., str]) -> None:
+    assert f"{TRIALS} complete, 0 failed, 0 running, {TRIALS} wanted" in printed("status", searched)
+    rows = json.loads(printed("front", searched, "--format", "json"))
     assert [row["latency"] for row in rows] == sorted(row["latency"] for row in rows)
-    lines = world.run("front", searched, "--format", "csv").stdout.splitlines()
+    lines = printed("front", searched, "--format", "csv").splitlines()
     assert lines[0] == "name,alignment,quality,latency,steps"
     assert len(lines) == 1 + len(rows)
-    assert len(world.run("front", searched).stdout.splitlines()) == len(rows)
+    assert len(printed("front", searched).splitlines()) == len(rows)
 
 
-def test_generate_draws_the_picture_that_was_scored(world: Any, searched: Path, tiny_model: Path) -> None:
+def test_generate_draws_the_picture_that_was_scored(
+    world: Any, searched: Path, tiny_model: Path, printed: Callable[..., str]
+) -> None:
     confirmed = json.loads((searched / "confirmed.json").read_text())["confirmed"]
     member = next(c for c in confirmed if c["rules"])
     policy = searched / "policies" / f"{slug(member['name'])}.json"
@@ -223,34 +226,40 @@ def test_generate_draws_the_picture_that_was_scored(world: Any, searched: Path, 
         drawn = np.asarray(picture)
     assert drawn.shape == scored.shape
     assert np.abs(drawn.astype(int) - scored).max() <= 1
-    world.run(*ask, "--compare", "-o", world.folder / "two.png")
+    printed(*ask, "--compare", "-o", world.folder / "two.png")
     with Image.open(world.folder / "two.png") as beside:
         assert beside.width > 2 * drawn.shape[1]
 
 
-def test_evaluate_scores_a_policy_against_the_unmodified_model(world: Any, searched: Path, tiny_model: Path) -> None:
+@pytest.mark.usefixtures("in_place")
+def test_evaluate_scores_a_policy_against_the_unmodified_model(
+    world: Any, searched: Path, tiny_model: Path, printed: Callable[..., str]
+) -> None:
     policy = sorted((searched / "policies").glob("*.json"))[0]
-    done = world.run(
+    done = printed(
         "evaluate", policy, "--model", tiny_model, "--prompts", world.folder / "confirm.jsonl", "--images", 4,
         "--evaluators", "lamp:Brightness,ssim",
     )  # fmt: skip
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["brightness", "ssim"]
-    assert done.stdout.count("n = 4") == 2
+    assert [line.split()[0] for line in done.splitlines()] == ["brightness", "ssim"]
+    assert done.count("n = 4") == 2
 
 
-def test_verify_measures_again_what_confirm_filed(world: Any, searched: Path, tiny_model: Path) -> None:
+@pytest.mark.usefixtures("in_place")
+def test_verify_measures_again_what_confirm_filed(
+    world: Any, searched: Path, tiny_model: Path, printed: Callable[..., str]
+) -> None:
     policy = sorted((searched / "policies").glob("*.json"))[0]
     ask = ["verify", policy, "--model", tiny_model, "--prompts", world.folder / "confirm.jsonl", "--tolerance", 0.99]
-    told = json.loads(world.run(*ask, "--evaluators", "lamp:Brightness,crispness,shapes,psnr", "--json").stdout)
+    told = json.loads(printed(*ask, "--evaluators", "lamp:Brightness,crispness,shapes,psnr", "--json"))
     assert told["holds"]
     assert [figure["name"] for figure in told["figures"][1:]] == ["lamp:Brightness", "crispness", "shapes", "psnr"]
     for figure in told["figures"][1:]:  # the prompts and seeds that were confirmed, so the very scores
         assert figure["measured"]["delta"] == pytest.approx(figure["claimed"]["delta"], abs=1e-3)
-    assert "lamp:Brightness  not checked" in world.run(*ask).stdout
+    assert "lamp:Brightness  not checked" in printed(*ask)
     assert (told["unmodified_steps"], told["batch"]) == (4, 6)
 
 
-def test_schema_and_env(world: Any) -> None:
-    assert json.loads(world.run("schema").stdout)["title"] == "BlockPolicy"
-    assert "search" in json.loads(world.run("schema", "--config").stdout)["properties"]
-    assert "optuna" in world.run("env").stdout
+def test_schema_and_env(printed: Callable[..., str]) -> None:
+    assert json.loads(printed("schema"))["title"] == "BlockPolicy"
+    assert "search" in json.loads(printed("schema", "--config"))["properties"]
+    assert "optuna" in printed("env")

@@ -5,14 +5,16 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 from blocktune.policies.policy import ModelIdentity
-from blocktune.search.config import load_config
+from blocktune.search.config import ConfigError, load_config
 from blocktune.search.front import Point
+from blocktune.search.run_directory import RunDirectory
 from blocktune.search.space import Around, anchors, candidate, distributions, neighbours, suggest
 from blocktune.search.study import Study, given, join_population, new_sampler
 from optuna.trial import TrialState
@@ -57,6 +59,26 @@ def test_a_trial_between_mlflow_and_optuna_is_told_again_and_not_measured_again(
             "select n.value, r.status from runs r join tags n on n.run_uuid = r.run_uuid and n.key = 'trial'"
         ).fetchall()
     assert sorted(children) == [(str(number), "FINISHED") for number in range(3)]
+
+
+def test_a_resume_with_another_model_under_the_same_path_is_refused(tmp_path: Path) -> None:
+    """The stored study knows the model that it was made for. Of a study only what opens the stored one."""
+    config = load_config(None, [])
+    run = RunDirectory.open(tmp_path / "run", config, resume=False)
+    study: Any = object.__new__(Study)
+    study.config, study.run, study.prompts, study.baseline = config, run, (), None
+    study.model = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=12, fingerprint="0" * 64)
+    study._space, study._anchors = distributions(config, 12), anchors(config, 12)
+    study.pool = SimpleNamespace(size=1, description=SimpleNamespace(device="none", dtype="float32", versions={}))
+    for _ in range(2):
+        study._open()
+    waiting = study.study.get_trials()
+    assert [t.user_attrs["anchor"] for t in waiting if "anchor" in t.user_attrs] == list(study._anchors)
+    study.model = study.model.model_copy(update={"fingerprint": "1" * 64})
+    with pytest.raises(ConfigError, match="is of another model, space or objective"):
+        study._open()
+    assert study.study.get_trials() == waiting
+    run.release()
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsgaii", "random"])
