@@ -234,6 +234,12 @@ class Confirm(_Section):
         "`weights-inception-2015-12-05-6726825d.pth`, by which the report tells the FID of these sets as well; needs "
         "`blocktune[fid]`, and some thousand pictures to be compared with published ones",
     )
+    best_of: str | None = Field(
+        default=None,
+        description="a reported evaluator: picks draw as many pictures of a prompt as fit into the time that the "
+        "unmodified model takes for one, with their scoring, and the best by it is kept; the report tells what that "
+        "gains. When not given, `clip_score:reference` where the model is `reference`, else nothing",
+    )
     repeats: PositiveInt = Field(
         default=3,
         description="timed generations per candidate, in turn with the unmodified model; the median of ratios counts",

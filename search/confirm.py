@@ -18,12 +18,14 @@ from ..evaluators import (
     speedup,
 )
 from ..policies import BlockPolicy
+from .best_of import best_of
 from .candidate import Candidate
 from .config import Objectives
 from .front import Confirmed, Point, chance_to_hold, held_out_name, hypervolume, is_fidelity, pick, shortlist, slug
 from .pool import Job
 from .prompts import read_prompts
 from .robustness import transfers, worst_falls
+from .scoring import judge_of
 from .storage import feasible, point_of
 from .study import Study
 
@@ -117,6 +119,9 @@ def confirm(study: Study) -> list[Confirmed]:
     if picked and config.confirm.transfer:
         study.display.say(f"measuring the picks at {len(config.confirm.transfer)} other settings")
         transfers(study, picked, candidates)
+    if picked and (judge := judge_of(config)):
+        study.display.say(f"drawing in the time that picks save, and keeping the best by {judge}")
+        best_of(study, picked, candidates, judge, median(whole))
     for stale in run.policies.glob("*.json"):
         stale.unlink()
     # every confirmed candidate under the name of its trial, and the picks under theirs
@@ -199,6 +204,7 @@ def _file(study: Study, name: str, member: Confirmed, candidate: Candidate, comp
             },
             "evidence": {
                 "confirmed": measured | {"speedup": member.speedup, "seconds_per_batch": member.seconds},
+                "best_of": member.best_of,
                 "compared": compared,
                 "unmodified": {field: own[field] for field in candidate.sampling} | {"batch": generation.batch},
                 "device": description.device,

@@ -14,6 +14,7 @@ from ..evaluators import CostTable, get, minimum_detectable_difference, scale_of
 from .config import Config, ConfigError, parsed
 from .prompts import read_prompts
 from .run_directory import RunDirectory
+from .scoring import judge_of
 from .space import anchors, distributions, guidance_ends_of, steps_of
 
 # of one batch: an untimed one and three repeats; one more for each operand inside the attention, and for guidance's end
@@ -103,6 +104,10 @@ def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) 
         "confirm": (1 + compared) * counts["confirm"],
         "timing": (3 + compared) * config.confirm.repeats * min(config.generation.batch, counts["confirm"]),
     }
+    if judge_of(
+        config
+    ):  # what the unmodified model draws in the time that picks save, of which there are three at most
+        pictures["best of"] = 3 * counts["confirm"]
     seconds = None
     if table is not None:
         _check(table, config, batch)

@@ -73,6 +73,7 @@ class Confirmed:
     picks: list[str] = field(default_factory=list)
     neighbours: dict[str, float] = field(default_factory=dict)  # how many, and what the worst lost of each score
     transfer: list[dict[str, Any]] = field(default_factory=list)  # settings, and the differences there in points
+    best_of: list[dict[str, Any]] = field(default_factory=list)  # how many, how fast, and the differences in points
     guidance_scale: float | None = None  # None is the model's own
     bootstrap: Interval | None = None  # of alignment, beside the t interval
     p_values: dict[str, float] = field(default_factory=dict)  # of differences, Holm-corrected over all confirmed

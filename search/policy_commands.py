@@ -64,25 +64,35 @@ def generate(
     steps: Annotated[int | None, typer.Option(min=1, help="the policy's own when not given")] = None,
     guidance: Annotated[float | None, typer.Option(help="the policy's own when not given")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="the unmodified model's picture beside it")] = False,
+    best_of: Annotated[int, typer.Option(min=1, help="pictures to draw, of which the best by --by is kept")] = 1,
+    by: Annotated[str | None, typer.Option(help="an evaluator, as clip_score:reference for the bundled model")] = None,
     mlflow_uri: MlflowOption = None,
 ) -> None:
-    """Draw one picture under a policy."""
+    """Draw one picture under a policy, or the best of several."""
     from PIL import Image
 
-    from ..evaluators import Prompt
+    from ..evaluators import Prompt, get
     from .config import ConfigError
     from .generation import embed
     from .generation import generate as pictures
+    from .prompts import reseeded
     from .report import side_by_side
 
     if not prompt.strip():
         raise ConfigError("--prompt is empty; accepted: a sentence.")
+    judge = get(by) if by else None
+    if (best_of > 1) != (judge is not None) or (judge and judge.needs_reference):
+        told = f"--best-of is {best_of} and --by is {by!r}"
+        raise ConfigError(f"{told}; accepted: both, the second an evaluator that needs no unmodified picture, or none.")
     loaded = _policy(policy, mlflow_uri) if policy else None
     pipe, under, unmodified = _prepare(loaded, model, steps, guidance)
-    wanted, embeddings = [Prompt(prompt, "", seed)], embed(pipe, [prompt], under)
-    image = pictures(pipe, wanted, embeddings, under, loaded)
+    wanted = [one for draw in range(best_of) for one in reseeded([Prompt(prompt, "", seed)], draw)]
+    image = pictures(pipe, wanted, embed(pipe, [prompt] * best_of, under), under, loaded)
+    if judge:
+        scores = judge.score(image, [prompt] * best_of)
+        image = image[[scores.argmax() if judge.direction == "maximize" else scores.argmin()]]
     if compare and loaded:
-        plain = pictures(pipe, wanted, embeddings, unmodified)
+        plain = pictures(pipe, wanted[:1], embed(pipe, [prompt], unmodified), unmodified)
         side_by_side({"unmodified": plain, loaded.name: image}, [prompt], output, tile=288)
     else:
         Image.fromarray(image[0]).save(output)

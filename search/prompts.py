@@ -1,6 +1,7 @@
 """Which prompts a search or a command draws: the reference model's, or any set that evaluators can read."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..evaluators import Prompt, read_prompt_set
 from .config import Config, ConfigError
@@ -24,6 +25,12 @@ def read_named(field: str, source: str, split: str, count: int | None) -> tuple[
         raise ConfigError(f"{field} is {source!r}, which cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(f"{field}: {error}.") from None
+
+
+def reseeded(prompts: Sequence[Prompt], draw: int) -> tuple[Prompt, ...]:
+    """The same prompts with the seeds of further pictures of them; those of draw 0 are their own."""
+    # far from those of other prompts, and in the 32 bits that torch's generator on the CPU takes of a seed
+    return tuple(replace(prompt, seed=(prompt.seed + draw * 0x9E3779B1) % 2**63) for prompt in prompts)
 
 
 def check_spread(field: str, prompts: Sequence[Prompt]) -> None:

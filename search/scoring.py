@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from ..evaluators import get
-from .config import Config, Objectives
+from ..evaluators import get, time_runs
+from .config import Config, ConfigError, Objectives
+
+_OWN = "clip_score:reference"  # of the bundled model, where the config reports it
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,26 @@ def score(
     return {name: get(name).score(images, texts, reference) for name in names}
 
 
+def judge_of(config: Config) -> str | None:
+    """The evaluator that keeps the best of several pictures of a prompt; None where there is none.
+
+    ConfigError for one that is not reported, needs the unmodified picture, or is the alignment that is to be judged.
+    """
+    objectives, name = config.objectives, config.confirm.best_of
+    accepted = [n for n in objectives.reported if n != objectives.alignment and not get(n).needs_reference]
+    if name is None:
+        return _OWN if config.model.path == "reference" and _OWN in accepted else None
+    if name not in accepted:
+        what = f"reported, not the alignment, and needs no reference: {', '.join(accepted) or 'none here'}"
+        raise ConfigError(f"confirm.best_of is {name!r}; accepted: what is {what}.")
+    return name
+
+
+def time_scoring(evaluator: str, images: np.ndarray, texts: Sequence[str]) -> float:
+    """Seconds that one which needs no reference takes for `images`."""
+    return time_runs(lambda: get(evaluator).score(images, texts), repeats=3)
+
+
 def held_out_distances(config: Config, images: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """Of two sets of pictures, by the models that `confirm` names: `cmmd`, for which one ships, and `fid`."""
     from ..evaluators import cmmd, fid, load_inception
@@ -77,6 +99,9 @@ class Scorer:
 
     def score(self, images: np.ndarray, texts: Sequence[str], reference: np.ndarray) -> dict[str, np.ndarray]:
         return score(self.config.objectives, images, texts, reference)
+
+    def time(self, evaluator: str, images: np.ndarray, texts: Sequence[str]) -> float:
+        return time_scoring(evaluator, images, texts)
 
     def distances(self, images: np.ndarray, reference: np.ndarray) -> dict[str, float]:
         return held_out_distances(self.config, images, reference)

@@ -29,6 +29,7 @@ from .progress import Display
 from .prompts import read_prompts
 from .racing import Race, rounds
 from .run_directory import RunDirectory
+from .scoring import judge_of
 from .space import Around, anchors, candidate, distributions, steps_of, suggest
 from .storage import STUDY, Storage, feasible, point_of, study_url
 from .tally import Tally
@@ -85,6 +86,7 @@ def check_objectives(config: Config) -> None:
         if name not in objectives.reported:
             accepted = ", ".join(objectives.reported)
             raise ConfigError(f"constraints.min_fidelity names {name!r}; accepted: what is reported, {accepted}.")
+    judge_of(config)
     read_probe(config)
     for split in ("search", "confirm"):
         read_prompts(config, split)

@@ -19,8 +19,8 @@ from .config import Config, Generation
 from .generation import Rows, device_name, embed, generate, load, some
 from .outputs import Outputs, SharedOutputs
 from .prefixes import Prefixes
-from .prompts import read_prompts
-from .scoring import Measurement, Pictures, Scorer, held_out_distances, score
+from .prompts import read_prompts, reseeded
+from .scoring import Measurement, Pictures, Scorer, held_out_distances, score, time_scoring
 from .space import guidance_ends_of
 
 T = TypeVar("T")
@@ -108,16 +108,18 @@ class Worker:
         count: int | None = None,
         start: int = 0,
         changed: dict[str, Any] | None = None,
+        draw: int = 0,
     ) -> Measurement | Pictures:
         """The split's pictures, or those from `start` to `count`, of one candidate: scored, or on their way to it.
 
         Evaluators in an actor of their own are not waited for. `reference` are the unmodified model's pictures of the
-        whole split; `changed` are fields of `generation`, which go before the candidate's own.
+        whole split; `changed` are fields of `generation`, which go before the candidate's own; `draw` counts a prompt's
+        pictures, each from a seed of its own.
         """
         sampling = chosen.sampling | (changed or {})
         prompts, rows = self._split(split, self.generation.model_copy(update=sampling))
         part = slice(start, count)
-        prompts, rows = prompts[part], some(rows, part)
+        prompts, rows = reseeded(prompts[part], draw), some(rows, part)
         prefixes = self._prefixes
         prefixes.stage = repr((split, changed))
         taken, given = prefixes.steps, prefixes.given
@@ -134,18 +136,18 @@ class Worker:
         begin = time.perf_counter()
         each = send if self._scorer else None
 
-        def draw() -> np.ndarray:
+        def made() -> np.ndarray:
             generation = self.generation.model_copy(update=sampling)
             sharing = prefixes if self.config.ray.prefix_gib else None
             return generate(self.pipe, prompts, rows, generation, chosen.policy, sharing, each)
 
-        images = self._fitting(draw)
-        made = time.perf_counter()
+        images = self._fitting(made)
+        end = time.perf_counter()
         saved = (prefixes.given - given) / (prefixes.steps - taken) if prefixes.steps > taken else 0.0
         if self._scorer:
-            return Pictures(images, made - begin, saved, pending)
+            return Pictures(images, end - begin, saved, pending)
         scores = score(self.config.objectives, images, texts, images if reference is None else reference[part])
-        return Measurement(scores, images, made - begin, time.perf_counter() - made, saved)
+        return Measurement(scores, images, end - begin, time.perf_counter() - end, saved)
 
     def confirm(self, chosen: Candidate, reference: np.ndarray) -> Measurement | Pictures:
         """All held-out pictures of a candidate, with their distances to `reference`, as a set."""
@@ -177,6 +179,13 @@ class Worker:
         return self._fitting(
             lambda: measure_cost_table(self.pipe, run, repeats=3, operands=operands, unguided=unguided)
         )
+
+    def time_scoring(self, evaluator: str, images: np.ndarray) -> float:
+        """Measured seconds of scoring `images`, of held-out prompts in their order, where pictures are scored."""
+        texts = [p.text for p in self._split("confirm", self.generation)[0][: len(images)]]
+        if self._scorer:
+            return ray.get(self._scorer.time.remote(evaluator, images, texts))
+        return time_scoring(evaluator, images, texts)
 
     def time(self, candidates: list[Candidate]) -> list[Latency]:
         """Measured seconds of one batch of each, one after another, the first once untimed before."""

@@ -12,10 +12,11 @@ import optuna
 import pandas as pd
 import pytest
 import yaml
-from blocktune.evaluators import holm, paired_t_test
+from blocktune.evaluators import Prompt, holm, paired_t_test
 from blocktune.policies import BlockPolicy
 from blocktune.reference.scorers import PREFERENCE
 from blocktune.search.front import slug
+from blocktune.search.prompts import reseeded
 from blocktune.search.report import write_report
 from blocktune.search.run_directory import RunDirectory
 from PIL import Image
@@ -229,6 +230,30 @@ def test_generate_draws_the_picture_that_was_scored(
     printed(*ask, "--compare", "-o", world.folder / "two.png")
     with Image.open(world.folder / "two.png") as beside:
         assert beside.width > 2 * drawn.shape[1]
+
+
+@pytest.mark.usefixtures("in_place")
+def test_the_best_of_several_is_kept(
+    searched: Path, tiny_model: Path, tmp_path: Path, printed: Callable[..., str], mistake: Callable[..., str]
+) -> None:
+    policy = sorted((searched / "policies").glob("*.json"))[0]
+    ask = ["generate", "--policy", policy, "--prompt", "a photo of a red ring", "--model", tiny_model]
+    draws = reseeded([Prompt("", "", 7)], 0) + reseeded([Prompt("", "", 7)], 1)
+    for name, more in {
+        "kept": ["--seed", 7, "--best-of", 2, "--by", "lamp:Brightness"],
+        "dark": ["--seed", 7, "--best-of", 2, "--by", "lamp:Darkness"],
+        "one": ["--seed", draws[0].seed],
+        "two": ["--seed", draws[1].seed],
+    }.items():
+        printed(*ask, *more, "-o", tmp_path / f"{name}.png")
+    pictures = {path.stem: np.asarray(Image.open(path)).astype(int) for path in tmp_path.glob("*.png")}
+    darker, brighter = sorted((pictures["one"], pictures["two"]), key=np.mean)
+    assert np.abs(darker - brighter).max() > 1
+    assert np.abs(pictures["kept"] - brighter).max() <= 1
+    assert np.abs(pictures["dark"] - darker).max() <= 1
+    for more in (["--best-of", "2"], ["--by", "lamp:Brightness"], ["--best-of", "2", "--by", "psnr"]):
+        told = mistake("generate", "--prompt", "a ring", *more)
+        assert "accepted: both, the second an evaluator that needs no unmodified picture, or none." in told
 
 
 @pytest.mark.usefixtures("in_place")
