@@ -23,7 +23,7 @@ from blocktune.search.front import Baseline, Point
 from blocktune.search.generation import Rows, device_name, embed, generate, load, some
 from blocktune.search.outputs import Outputs
 from blocktune.search.prefixes import Prefixes
-from blocktune.search.prompts import read_prompts
+from blocktune.search.prompts import read_prompts, reseeded
 from blocktune.search.space import guidance_ends_of
 
 
@@ -107,17 +107,21 @@ class Workbench:
     def say(self, line: str) -> None:
         print(f"{time.monotonic() - self._started:6.0f} s  {line}", flush=True)
 
-    def scores(self, way: Way, split: str, count: int | None = None) -> dict[str, np.ndarray]:
-        """Scores `(n,)` by name, per picture of the split or of its first `count`; measured only once."""
+    def scores(self, way: Way, split: str, count: int | None = None, draw: int = 0) -> dict[str, np.ndarray]:
+        """Scores `(n,)` by name, per picture of the split or of its first `count`; measured only once.
+
+        `draw` counts a prompt's pictures, each from a seed of its own.
+        """
         prompts = self.prompts[split][:count]
-        name = f"{split}-{len(prompts)}-{way.key}"
+        name = f"{split}-{len(prompts)}-{way.key}" + (f"-{draw}" if draw else "")
         path = self.out / "scores" / f"{name}.npz"
         if name not in self._known and path.exists():
             with np.load(path) as stored:
                 self._known[name] = dict(stored)
         if name not in self._known:
-            begun = max((n for n in range(1, len(prompts)) if f"{split}-{n}-{way.key}" in self._known), default=0)
-            images = self.pictures(way, split, len(prompts), begun)
+            shorter = range(1, 0 if draw else len(prompts))
+            begun = max((n for n in shorter if f"{split}-{n}-{way.key}" in self._known), default=0)
+            images = self.pictures(way, split, len(prompts), begun, draw)
             texts = [p.text for p in prompts[begun:]]
             found = {score: get(score).score(images, texts) for score in self.scored}
             if begun:
@@ -134,13 +138,13 @@ class Workbench:
         scores = self.scores(way, split, count)
         return np.stack([scores[name] for name in self.objectives], axis=1)
 
-    def pictures(self, way: Way, split: str, count: int, start: int = 0) -> np.ndarray:
+    def pictures(self, way: Way, split: str, count: int, start: int = 0, draw: int = 0) -> np.ndarray:
         """uint8 `(count - start, height, width, 3)`."""
         part = slice(start, count)
         with way.cache(self.pipe) if way.cache else nullcontext():
             told = self.config.generation.model_copy(update={"num_inference_steps": way.steps})
             return generate(
-                self.pipe, self.prompts[split][part], some(self.rows[split], part), told, way.policy,
+                self.pipe, reseeded(self.prompts[split][part], draw), some(self.rows[split], part), told, way.policy,
                 None if way.cache else self._prefixes[split],
             )  # fmt: skip
 

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 LOWEST = -12.0  # points; what loses more is told by an arrow at the rim, and would press all else into one line
 
 
-def best_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def unbeaten(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Of (speed-up, points) those that no other matches on both, slowest first."""
     best: list[tuple[float, float]] = []
     for speed, gain in sorted(points, reverse=True):
@@ -34,7 +34,7 @@ def draw(settings: list[tuple[str, float, float]], path: Path) -> None:
                 axis.annotate(
                     f"{gain:.0f}", (speed, LOWEST), (6, 3), textcoords="offset points", fontsize=8, color=color
                 )
-        best = [p for p in best_of(points) if p[1] >= LOWEST]
+        best = [p for p in unbeaten(points) if p[1] >= LOWEST]
         axis.plot(
             *zip(*best, strict=True), "o-", ms=7 if ours else 4.5, lw=2.6 if ours else 1.2, label=method, color=color,
             zorder=3 if ours else 2,
