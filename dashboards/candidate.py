@@ -71,6 +71,7 @@ def describe(files: RunFiles, name: str) -> dict[str, Any]:
         "confirmed": confirmed is not None,
         "held": bool(confirmed and confirmed.holds(*margins)),
         "picks": confirmed.picks if confirmed else [],
+        "best_of": confirmed.best_of if confirmed else [],
         "metrics": metrics,
         "kinds": _kinds(tables, {k: scales[k] for k in (objectives.alignment, objectives.quality)}),
         "pairs": _pairs(tables, objectives.alignment, objectives.quality),

@@ -104,10 +104,8 @@ def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) 
         "confirm": (1 + compared) * counts["confirm"],
         "timing": (3 + compared) * config.confirm.repeats * min(config.generation.batch, counts["confirm"]),
     }
-    if judge_of(
-        config
-    ):  # what the unmodified model draws in the time that picks save, of which there are three at most
-        pictures["best of"] = 3 * counts["confirm"]
+    if judge_of(config):
+        pictures["best of"] = 3 * counts["confirm"]  # for three picks, in time: what the unmodified model draws in it
     seconds = None
     if table is not None:
         _check(table, config, batch)

@@ -305,6 +305,8 @@ function head(one, run, width) {
     el("h2", { tabindex: -1 }, title(one.name), one.picks.map((pick) => el("span", { class: "badge" }, pick)), one.held && !one.picks.length && el("span", { class: "badge" }, "held")),
     el("p", { class: "lead" }, `${speed ?? "Speed unknown"}${change}; ${where}.`),
     el("p", { class: "note" }, [`${one.steps} steps`, one.guidance && `guidance ${one.guidance}`, one.predicted && one.confirmed && `${times(one.predicted)} was predicted`, one.seconds && `${one.seconds.toFixed(3)} s a batch`].filter(Boolean).join(", ")),
+    one.best_of.map((told) => el("p", { class: "note" }, `The best of ${told.count} pictures by ${told.by}, all drawn and scored ${times(told.speedup)} as fast as one of the unmodified model: ${
+      one.metrics.filter(({ name }) => name in told).map(({ name }) => `${name} ${told[name].replaceAll("-", "−")}`).join(", ")}.`)),
     one.code
       ? el("div", { class: "row" }, one.files.map((file, i) => link(`policies/${file}.json`) &&
         el("a", { class: i ? "button" : "button main", href: link(`policies/${file}.json`), download: `${file}.json` }, `Download ${file}.json`)), copy(code))

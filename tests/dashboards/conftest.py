@@ -117,6 +117,10 @@ def write_run(path: Path, alignment: str = "shapes") -> RunDirectory:
                     name=name, key=key, steps=STEPS, anchor=False, rules=len(rules), alignment=told[alignment],
                     quality=told["crispness"], reported={"psnr": told["psnr"]}, seconds=latency, speedup=1 / latency,
                     predicted_speedup=1.2, picks=["balanced"],
+                    best_of=[
+                        {"by": "lamp:Brightness", "count": 2, "speedup": 1.36, alignment: "+3.5 [+1.8, +5.1]",
+                         "crispness": "-0.5 [-1.0, +0.1]"}
+                    ],
                 )
             )  # fmt: skip
             for file in ("balanced", "trial-1"):

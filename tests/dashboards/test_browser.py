@@ -154,6 +154,10 @@ def test_points_are_those_of_the_report_whatever_the_scale(tab: Tab, tmp_path: P
     run = write_run(tmp_path / "run", alignment="clip_score:reference")
     write_facts(run, {})
     write_report(run.path, tmp_path / "report.html")
+    several = (
+        "* **balanced**, the best of 2 by lamp:Brightness, 1.36x: clip_score:reference +3.5 [+1.8, +5.1], crispness "
+    )
+    assert several in run.report.read_text()
     row = next(line for line in run.report.read_text().splitlines() if line.startswith("| trial 1 "))
     alignment, quality = (cell.strip().replace("-", "−") for cell in row.split("|")[4:6])
     with served(run.path) as page:
@@ -166,6 +170,8 @@ def test_points_are_those_of_the_report_whatever_the_scale(tab: Tab, tmp_path: P
             expect(metrics.nth(0)).to_contain_text(alignment)
             expect(metrics.nth(1)).to_contain_text(quality)
             expect(tab.locator(".lead")).to_contain_text(f"alignment {alignment}, quality {quality} points")
+            told = tab.locator(".policy .note").filter(has_text="The best of 2 pictures by lamp:Brightness")
+            expect(told).to_contain_text("clip_score:reference +3.5 [+1.8, +5.1], crispness −0.5 [−1.0, +0.1].")
             label = tab.locator('[data-key="confirmed/trial-1"]').get_attribute("aria-label")
             assert f"alignment {alignment}, quality {quality} points" in str(label)
             expect(tab.get_by_text("100 points of clip_score:reference are 40")).to_be_visible()

@@ -79,7 +79,7 @@ class World:
         """Run a script of Python with the config's path, and give what the last line that it prints is as JSON."""
         done = subprocess.run(
             [sys.executable, "-c", script, str(self.config)],
-            cwd=self.cwd, env=self.environment, capture_output=True, text=True, timeout=200,
+            cwd=self.cwd, env=self.environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])

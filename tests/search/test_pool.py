@@ -78,7 +78,7 @@ for faults in (
     (PLACE / "log").write_text("")
     for what, fault in faults.items():
         (PLACE / what).write_text(fault)
-    pool.limit = 10.0 if "hang" in faults.values() else None
+    pool.limit = 25.0 if "hang" in faults.values() else None
     done, jobs = [], [Job("measure", (name,), name) for name in "abc"]
     pool.try_all(jobs, done.append)
     assert (pool.busy, pool.free, pool.size) == (0, 1, 1)

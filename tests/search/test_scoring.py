@@ -83,6 +83,8 @@ def test_scores_are_those_of_the_worker(tiny_model, new_world, monkeypatch):
         assert jobs[0].result.score_seconds < 0.4  # the other was drawn by then
         assert jobs[1].result.score_seconds > 0.4
         assert len(scorers()) == 1
+        (timed,) = pool.run([Job("time_scoring", ("crispness", before.images[:2]))])
+        assert 0 < timed.result < 1
     finally:
         pool.close()
     until = time.monotonic() + 10
