@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from blocktune.reference import prompts
 from blocktune.search.config import Config, Probe, load_config
 from blocktune.search.generation import load
 from blocktune.search.probe import EFFECTS, Part, best_blocks, launch_probe, pictures
+from blocktune.search.prompts import reseeded
 from blocktune.search.run_directory import RunDirectory
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,9 +50,7 @@ def compare(full: Any, coarse: Any, effect: str, count: int) -> dict[str, Any]:
 def with_seeds(images: int) -> list[Prompt]:
     """The first so many search prompts, and from there on the same with other seeds."""
     known = prompts("search")
-    above = 1 + max(prompt.seed for prompt in known)
-    return [replace(known[i % len(known)], seed=known[i % len(known)].seed + i // len(known) * above)
-            for i in range(images)]  # fmt: skip
+    return [one for draw in range(math.ceil(images / len(known))) for one in reseeded(known, draw)][:images]
 
 
 def gains_of(run: RunDirectory, config: Config, model: ModelIdentity) -> np.ndarray:

@@ -26,8 +26,8 @@ def best_of(
     """
     config, run, pool = study.config, study.run, study.pool
     prompts = read_prompts(config, "confirm")
-    batch = run.read_images("confirm-unmodified")[: config.generation.batch]
-    (timed,) = pool.run([Job("time_scoring", (judge, batch))])
+    plain = run.read_images("confirm-unmodified")
+    (timed,) = pool.run([Job("time_scoring", (judge, plain[: config.generation.batch]))])
     share = {c.key: 1 / c.speedup + timed.result / unmodified for c in picked}  # of that time, for each picture
     draws = {c.key: int(1 / share[c.key]) for c in picked}
 
@@ -39,7 +39,7 @@ def best_of(
 
     wanted = [(c, draw) for c in picked for draw in range(1, draws[c.key])]
     missing = [(c, draw) for c, draw in wanted if not (run.scores / f"{name(c, draw)}.parquet").exists()]
-    reference = pool.put(run.read_images("confirm-unmodified"))
+    reference = pool.put(plain)
     jobs = [
         Job("measure", (candidates[c.key], "confirm", reference, None, 0, None, draw), (c, draw)) for c, draw in missing
     ]

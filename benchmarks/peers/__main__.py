@@ -209,15 +209,11 @@ def best_of_several(bench: Workbench, results: list[Result], count: int) -> list
             draws = int((1 + SLACK) / share)
             if draws < 2:
                 continue
-            bench.say(f"{draws} pictures by {method} {r.way.name}".rstrip())
+            bench.say(f"{draws} pictures by {method} {r.way.name}")
             drawn = [bench.scores(r.way, "confirm", count, draw) for draw in range(draws)]
             chosen = np.argmax([scores[JUDGE] for scores in drawn], axis=0)
-            told: dict[str, Any] = {
-                "method": method,
-                "name": r.way.name,
-                "draws": draws,
-                "speedup": 1 / (draws * share),
-            }
+            told: dict[str, Any] = {"method": method, "name": r.way.name, "draws": draws}
+            told["speedup"] = 1 / (draws * share)
             for name in (*bench.objectives, STRICT):
                 kept = np.choose(chosen, [scores[name] for scores in drawn])
                 told[name] = paired_interval(kept, before[name], groups=prompts, scale=scale_of(get(name))).in_points
@@ -336,11 +332,7 @@ def main() -> None:
         show("{:<16} {:.2f}x against {} {:.2f}x: alignment {}, quality {}", row.values())
     for row in several:
         gains = ", ".join(f"{name} {row[name][0]:+.1f}" for name in (STRICT, *bench.objectives))
-        print(
-            f"the best of {row['draws']} by {row['method']} {row['name']}, {row['speedup']:.2f}x: {gains}".replace(
-                "  ", " "
-            )
-        )
+        print(f"the best of {row['draws']} by {row['method']} {row['name']}, {row['speedup']:.2f}x: {gains}")
     print("", *told, sep="\n", flush=True)
     bench.write("peers.json", {
         **bench.circumstances, "size": args.size, "pictures": size.confirm_pictures, "bars": told, "methods": rows,
