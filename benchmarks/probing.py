@@ -4,7 +4,9 @@ The bundled model is probed coarse to fine, by an eighth of the pictures at a ti
 the same prompts and seeds; in `--run` the probe goes on where it was cut short. Told are the share of the pictures and,
 per effect, how many of the blocks found are among the best by all pictures, of which several may be equal. Since blocks
 often differ by less than the pictures can tell, also by how many points those found do worse on all pictures than the
-best do there, on average, beside half of the 95 % interval of one block's difference.
+best do there, on average, beside half of the 95 % interval of one block's difference; and how many of them all pictures
+prove worse than one that was not found (95 % interval of the paired difference above zero). The same over random orders
+of the pictures, beside as many of every block.
 
 What the same probe would have found on other prompts: the pictures of the full one are divided at random, and told is
 how many of the best blocks by so many pictures are among the best by as many others, beside what chance has. More
@@ -15,16 +17,18 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from blocktune.evaluators import Prompt
+from blocktune.evaluators import Prompt, paired_interval
 from blocktune.evaluators.prompts import write_splits
 from blocktune.policies.policy import ModelIdentity
 from blocktune.reference import prompts
+from blocktune.search.allocation import coarse_to_fine
 from blocktune.search.config import Config, Probe, load_config
 from blocktune.search.generation import load
 from blocktune.search.probe import EFFECTS, Part, best_blocks, launch_probe, pictures
@@ -33,18 +37,60 @@ from blocktune.search.run_directory import RunDirectory
 
 RESULTS = Path(__file__).parent / "results"
 DIVISIONS = 400
+ORDERS = 60
 
 
-def compare(full: Any, coarse: Any, effect: str, count: int) -> dict[str, Any]:
-    """The best blocks of an effect by both tables, and what the found ones lose, in points by the full one."""
+def compare(
+    full: Any, coarse: Any, effect: str, of_blocks: np.ndarray, texts: np.ndarray, count: int
+) -> dict[str, Any]:
+    """The best blocks of an effect by both tables, and what the found ones lose, in points by the full one.
+
+    `of_blocks` are gains (blocks, pictures), `texts` the prompts of the pictures.
+    """
     true, found = (best_blocks(table, effect, count) for table in (full, coarse))
+    missed = [block for block in true if block not in found]
+
+    def worse(block: int) -> bool:
+        return any(paired_interval(of_blocks[one], of_blocks[block], groups=texts).low > 0 for one in missed)
+
     rows = full[(full["effect"] == effect) & (full["kind"] == "all")].set_index("block")
     gains = 100 * EFFECTS[effect][1] * rows["delta"]
     half = 50 * (rows["high"] - rows["low"]).loc[true].mean()
     return {
         "effect": effect, "best": true, "found": found, "same": int((gains.loc[found] >= gains.loc[true].min()).sum()),
         "points_lost": float(gains.loc[true].mean() - gains.loc[found].mean()), "half_interval": float(half),
+        "proven_worse": sum(worse(block) for block in found if block not in true),
     }  # fmt: skip
+
+
+def replayed(gains: np.ndarray, probe: Probe) -> dict[str, dict[str, float]]:
+    """Of the best blocks by all pictures, how many the probe's share finds in random orders, and the points lost.
+
+    `gains` are (effects, blocks, pictures). Means per order: coarse to fine, and as many pictures of every block.
+    """
+    rng = np.random.default_rng(0)
+    effects, blocks, images = gains.shape
+    all_pictures = gains.mean(-1)
+    best = np.argsort(-all_pictures, axis=1)[:, : probe.chosen]
+    told: dict[str, list[tuple[float, float]]] = {"coarse": [], "every block": []}
+    for _ in range(ORDERS):
+        mixed = gains[..., rng.permutation(images)]
+
+        def draw(wanted: Mapping[tuple[int, int], int], mixed: np.ndarray = mixed) -> dict[tuple[int, int], np.ndarray]:
+            return {(case, block): mixed[case, block, :count] for (case, block), count in wanted.items()}
+
+        known = coarse_to_fine(draw, range(effects), blocks, images, probe.first_images, probe.share, probe.chosen)
+        means = {
+            "coarse": np.array([[block.mean() for block in known[effect]] for effect in range(effects)]),
+            "every block": mixed[..., : int(probe.share * images)].mean(-1),
+        }
+        for name, seen in means.items():
+            found = np.argsort(-seen, axis=1)[:, : probe.chosen]
+            same = sum(len(np.intersect1d(a, b)) for a, b in zip(best, found, strict=True))
+            lost = np.take_along_axis(all_pictures, best, 1) - np.take_along_axis(all_pictures, found, 1)
+            told[name].append((same, float(lost.mean())))
+    means_of = {name: np.mean(rows, axis=0) for name, rows in told.items()}
+    return {name: {"same": float(s), "points_lost": 100 * float(lost)} for name, (s, lost) in means_of.items()}
 
 
 def with_seeds(images: int) -> list[Prompt]:
@@ -108,7 +154,12 @@ def main() -> None:
         config, on = run.load_config(), run.read_state()
         model = ModelIdentity.of(load(config.model.path, "cpu", torch.float32))
         gains = gains_of(run, config, model)
-    rows = [compare(tables["full"], tables["coarse"], e, config.probe.chosen) for e in config.probe.effects]
+    texts = np.array([prompt.text for prompt in drawn])
+    rows = [
+        compare(tables["full"], tables["coarse"], effect, of_blocks, texts, config.probe.chosen)
+        for effect, of_blocks in zip(config.probe.effects, gains, strict=True)
+    ]
+    orders = replayed(gains, config.probe.model_copy(update={"share": shares["coarse"]}))
     counted = {
         name: pictures(config.probe.model_copy(update={"share": share}), model.num_blocks, args.images)
         for name, share in shares.items()
@@ -117,9 +168,11 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['effect']:<16} best {row['best']}, found {row['found']}: {row['same']} the same, "
-            f"{row['points_lost']:.2f} points lost; one block's interval is +-{row['half_interval']:.2f}"
+            f"{row['points_lost']:.2f} points lost, {row['proven_worse']} proven worse; "
+            f"one block's interval is +-{row['half_interval']:.2f}"
         )
-    texts = np.array([prompt.text for prompt in drawn])
+    for name, found in orders.items():
+        print(f"in {ORDERS} orders, {name}: {found['same']:.1f} the same, {found['points_lost']:.2f} points lost")
     divided = [
         agreement(gains, texts, args.images // 2**k, config.probe.chosen)
         for k in range(1, max(2, round(math.log2(args.images / 24))))
@@ -131,6 +184,7 @@ def main() -> None:
         )
     told = {"device": f"{on['device']}, {on['dtype']}", "versions": on["versions"], "seed": config.search.seed}
     told |= {"images": args.images, "drawn": counted["coarse"], "full": counted["full"], "effects": rows}
+    told |= {"orders": orders}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "probing.json").write_text(json.dumps(told | {"divided": divided}, indent=2) + "\n")
 

@@ -1,9 +1,10 @@
 """Which sampler finds most with how many pictures: python -m benchmarks.samplers [--size full|tiny] [--processes N]
 
-TPE, GP, NSGA-II and random proposals on the default space of the bundled model, each from several seeds. Every proposal
-is really drawn and scored on the search prompts; equal candidates are measured once for all. Curves are the hypervolume
-of what a search has met against the pictures that it would have had to draw by itself, with 95 % intervals of the mean
-over seeds (Student's t). Scores are of the search prompts: the luck in them helps every sampler alike.
+TPE, GP, NSGA-II and random proposals alone, and what `blocktune search` does unasked, on the default space of the
+bundled model, each from several seeds. Every proposal is really drawn and scored on the search prompts; equal ones are
+measured once for all. Curves are the hypervolume of what a search has met against the pictures that it would have had
+to draw by itself, with 95 % intervals of the mean over seeds (Student's t). Scores are of the search prompts: the luck
+in them helps every sampler alike.
 
 What was measured stays in the folder, so the same command goes on after an interruption, and `--processes` on all GPUs
 of the host share it, a search each at a time: a small model leaves most of a GPU idle.
@@ -27,7 +28,8 @@ from .searching import proposals
 from .workbench import Workbench, side_by_side
 
 RESULTS = Path(__file__).parent / "results" / "samplers"
-SAMPLERS = ("tpe", "gp", "nsgaii", "random")
+SEARCHES = {name: {"sampler": name, "refine": 0.0} for name in ("tpe", "gp", "nsgaii", "random")}
+SEARCHES |= {"default": {}}  # what a config that says nothing of it has
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,14 @@ class Size:
     overrides: tuple[str, ...] = ()
 
 
-SIZES = {"full": Size(200, 96, 5), "tiny": Size(9, 2, 2, ("generation.num_inference_steps=5",))}
+SIZES = {"full": Size(120, 96, 5), "tiny": Size(9, 2, 2, ("generation.num_inference_steps=5",))}
 
 
 def curve(bench: Workbench, sampler: str, seed: int, size: Size) -> list[tuple[int, float]]:
     """Pictures drawn and hypervolume, after each trial of one search."""
     baseline = bench.baseline(bench.costs().run_seconds, "search", size.pictures)
     drawn, points, told = 0, [], []
-    search = Search.model_validate({"sampler": sampler, "seed": seed, "refine": 0})
+    search = Search.model_validate(SEARCHES[sampler] | {"seed": seed})
     # a sampler that has nothing new to propose ends as well
     for proposal in islice(proposals(bench, search, size.pictures), 2 * size.candidates):
         drawn += size.pictures * proposal.new
@@ -95,7 +97,7 @@ def summary(curves: dict[str, list[list[tuple[int, float]]]], pictures: int, can
 
 def draw(told: dict[str, Any], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for sampler in SAMPLERS:
+    for sampler in SEARCHES:
         mean, half = np.array(told[sampler]["mean"]), np.array(told[sampler]["half"])
         (line,) = axis.plot(told["pictures"], mean, label=sampler, ls="--" if sampler == "random" else "-")
         axis.fill_between(told["pictures"], mean - half, mean + half, alpha=0.12, color=line.get_color(), lw=0)
@@ -122,7 +124,7 @@ def main() -> None:
     bench.say(", ".join(f"{key} {value}" for key, value in bench.circumstances.items()))
     bench.baseline(bench.costs().run_seconds, "search", size.pictures)  # before anything else runs on the device
     # all samplers of one seed before the next, so that a run cut short compares like with like
-    searches = [(seed, sampler) for seed in range(size.seeds) for sampler in SAMPLERS]
+    searches = [(seed, sampler) for seed in range(size.seeds) for sampler in SEARCHES]
     found: dict[tuple[int, str], list[tuple[int, float]]] = {}
     with side_by_side(args.processes) as processes:
         running = {processes.submit(searched, args, *search): search for search in searches}
@@ -131,10 +133,10 @@ def main() -> None:
             found[seed, sampler] = done.result()
             drawn, volume = found[seed, sampler][-1]
             bench.say(f"seed {seed}, {sampler}: {drawn} pictures, hypervolume {volume:.3f}")
-    curves = {sampler: [found[seed, sampler] for seed in range(size.seeds)] for sampler in SAMPLERS}
+    curves = {sampler: [found[seed, sampler] for seed in range(size.seeds)] for sampler in SEARCHES}
     told = summary(curves, size.pictures, size.candidates)
     print()
-    for sampler in SAMPLERS:
+    for sampler in SEARCHES:
         mean, half = told[sampler]["mean"][-1], told[sampler]["half"][-1]
         line = f"{sampler:<8} {mean:.3f} +- {half:.3f} after {told['pictures'][-1]} pictures"
         if sampler != "random":

@@ -5,7 +5,9 @@ By gaps and variances, as in multi-bandit best arm identification (Gabillon et a
 What is sought is a block's mean over all pictures, of which nothing is unknown when all of them are drawn.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -38,3 +40,37 @@ def least_settled(gains: Mapping[C, Sequence[np.ndarray]], best: int, images: in
             certain = gaps[block] / errors[block] if errors[block] else np.inf
             certainty[case, int(block)] = certain if gaps[block] else 0.0
     return sorted(certainty, key=certainty.__getitem__)[:count]
+
+
+def coarse_to_fine(
+    draw: Callable[[Mapping[tuple[C, int], int]], Mapping[tuple[C, int], np.ndarray]],
+    cases: Sequence[C],
+    blocks: int,
+    images: int,
+    first: int,
+    share: float,
+    best: int,
+) -> dict[C, list[np.ndarray]]:
+    """Of every case and block what its pictures so far gained, `(n,)`: `first` of each, then more of the least settled.
+
+    In all at most `share` of `images` of every block are drawn. `draw` is told how many pictures some blocks shall have
+    by now, and gives what each of these gained. A case of which it leaves out a block is refused: it is not answered.
+    """
+    gains: dict[C, list[np.ndarray]] = {}
+    wanted = {(case, block): min(first, images) for case in cases for block in range(blocks)}
+    while wanted:
+        drawn = draw(wanted)
+        for (case, block), values in drawn.items():
+            gains.setdefault(case, [np.empty(0)] * blocks)[block] = values
+        for case in {case for case, _ in wanted.keys() - drawn.keys()}:
+            gains.pop(case, None)
+        room = share * len(gains) * blocks * images - sum(len(block) for known in gains.values() for block in known)
+        # few, for each picture drawn may change which they are; many, for every worker to have one
+        picked = least_settled(gains, best, images, math.ceil(len(gains) * blocks / 8))
+        sizes = [min(first, images - len(gains[case][block])) for case, block in picked]
+        wanted = {
+            (case, block): len(gains[case][block]) + size
+            for (case, block), size, drawn_by_then in zip(picked, sizes, accumulate(sizes), strict=True)
+            if drawn_by_then <= room
+        }
+    return gains

@@ -11,9 +11,8 @@ settled whether they are among the best of their effect.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +22,7 @@ import pandas as pd
 from ..evaluators import get, paired_interval, scale_of
 from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
 from ..policies.policy import ModelIdentity
-from .allocation import least_settled
+from .allocation import coarse_to_fine
 from .candidate import Candidate
 from .config import Config, ConfigError
 from .config import Probe as ProbeConfig
@@ -96,29 +95,25 @@ class Probe:
         probe, blocks = self.config.probe, self.model.num_blocks
         self._baseline("search")
         self._tell_cost()
-        parts: dict[tuple[Case, int], Part] = {}
-        gains: dict[Case, list[np.ndarray]] = {}
-        picked = [((effect, w), b) for w in probe.windows for effect in probe.effects for b in range(blocks)]
         self.display.stage("blocks", math.ceil(pictures(probe, blocks, self.images) / probe.first_images))
-        while picked:
-            for case, block in picked:
-                before = parts[case, block].images if (case, block) in parts else 0
-                images = min(before + probe.first_images, self.images)
-                parts[case, block] = Part(case[0], (block,), case[1], images)
-            measured = self._run([parts[one] for one in picked])
-            for case, block in picked:
-                if (scores := measured.get(parts[case, block])) is not None:
-                    gains.setdefault(case, [np.empty(0)] * blocks)[block] = self._gains(parts[case, block], scores)
-            gains = {case: known for case, known in gains.items() if case[0] not in self.refused}
-            if not gains:
-                reasons = "; ".join(f"{effect}: {reason}" for effect, reason in self.refused.items())
-                raise ConfigError(f"probe.effects has nothing that this model does: {reasons}")
-            room = probe.share * len(gains) * blocks * self.images - sum(len(b) for g in gains.values() for b in g)
-            # few, for each picture drawn may change which they are; many, for every worker to have one
-            wanted = least_settled(gains, probe.chosen, self.images, math.ceil(len(gains) * blocks / 8))
-            sizes = [min(probe.first_images, self.images - parts[one].images) for one in wanted]
-            picked = [one for one, drawn in zip(wanted, accumulate(sizes), strict=True) if drawn <= room]
-        table = self._table([part for (case, _), part in parts.items() if case in gains])
+
+        def draw(wanted: Mapping[tuple[Case, int], int]) -> dict[tuple[Case, int], np.ndarray]:
+            parts = {
+                Part(case[0], (block,), case[1], images): (case, block) for (case, block), images in wanted.items()
+            }
+            measured = self._run([part for part in parts if part.effect not in self.refused])
+            known = {p: scores for p, scores in measured.items() if p.effect not in self.refused}
+            return {parts[part]: self._gains(part, scores) for part, scores in known.items()}
+
+        cases = [(effect, window) for window in probe.windows for effect in probe.effects]
+        gains = coarse_to_fine(draw, cases, blocks, self.images, probe.first_images, probe.share, probe.chosen)
+        gains = {case: known for case, known in gains.items() if case[0] not in self.refused}
+        if not gains:
+            reasons = "; ".join(f"{effect}: {reason}" for effect, reason in self.refused.items())
+            raise ConfigError(f"probe.effects has nothing that this model does: {reasons}")
+        table = self._table(
+            [Part(c[0], (b,), c[1], len(of)) for c, known in gains.items() for b, of in enumerate(known)]
+        )
         self._write(table, "probe.parquet")
         return table
 

@@ -1,10 +1,8 @@
 """Pictures go to the blocks of which it is least settled whether they are among the best."""
 
-from itertools import accumulate
-
 import numpy as np
 import pytest
-from blocktune.search.allocation import least_settled
+from blocktune.search.allocation import coarse_to_fine, least_settled
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,16 +38,10 @@ def test_more_of_the_best_are_found_than_with_as_many_pictures_of_each(seed):
     rng = np.random.default_rng(seed)
     pictures, best, step = 96, 3, 8
     truth = rng.normal(0, 0.05, (8, 24, 1)) + rng.normal(0, 0.15, (8, 24, pictures))
-    gains = {case: [block[:step] for block in blocks] for case, blocks in enumerate(truth)}
-    budget = int(0.4 * truth.size)
-    while picked := least_settled(gains, best, pictures, 24):
-        drawn = sum(len(block) for blocks in gains.values() for block in blocks)
-        sizes = accumulate(min(step, pictures - len(gains[case][block])) for case, block in picked)
-        picked = [one for one, size in zip(picked, sizes, strict=True) if drawn + size <= budget]
-        if not picked:
-            break
-        for case, block in picked:
-            gains[case][block] = truth[case, block, : len(gains[case][block]) + step]
+    gains = coarse_to_fine(
+        lambda wanted: {(case, block): truth[case, block, :count] for (case, block), count in wanted.items()},
+        range(8), 24, pictures, step, 0.4, best,
+    )  # fmt: skip
 
     def found(means):
         wanted = truth.mean(axis=2).argsort(axis=1)[:, -best:]
@@ -57,5 +49,23 @@ def test_more_of_the_best_are_found_than_with_as_many_pictures_of_each(seed):
 
     adaptive = found(np.array([[block.mean() for block in blocks] for blocks in gains.values()]))
     uniform = found(truth[:, :, : int(0.4 * pictures)].mean(axis=2))
-    assert sum(len(block) for blocks in gains.values() for block in blocks) <= budget
+    assert sum(len(block) for blocks in gains.values() for block in blocks) <= 0.4 * truth.size
     assert adaptive >= max(21, uniform + 3), uniform  # of 24
+
+
+@given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 12), st.floats(0.1, 1), st.sets(st.sampled_from("ab")))
+def test_every_block_has_the_first_pictures_and_no_more_than_the_share_is_drawn(blocks, images, first, share, refused):
+    asked = []
+
+    def draw(wanted):
+        asked.append(dict(wanted))
+        return {(case, block): np.zeros(n) for (case, block), n in wanted.items() if (case, block) not in without}
+
+    without = {(case, 0) for case in refused}
+    gains = coarse_to_fine(draw, "abc", blocks, images, first, share, best=2)
+    assert {*gains} == {*"abc"} - refused
+    drawn = [len(values) for known in gains.values() for values in known]
+    assert all(min(first, images) <= n <= images for n in drawn)
+    assert sum(drawn) <= max(share * images, min(first, images)) * len(drawn)
+    assert share < 1 or set(drawn) == {images}
+    assert not any(case in refused for wanted in asked[1:] for case, _ in wanted)  # not asked for again
