@@ -4,16 +4,38 @@ Best-of-N, the plainest search over noise (arXiv 2501.09732, Sec. 3): a policy t
 three pictures while the unmodified model draws one. Not covered: searching for better noise than chance's.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..evaluators import get, paired_interval, scale_of
+from ..evaluators import Interval, get, paired_interval, scale_of
 from .candidate import Candidate
 from .front import Confirmed, held_out_name, is_fidelity, short
 from .pool import Job
 from .prompts import read_prompts
 from .study import Study
+
+
+def of_the_best(
+    drawn: Sequence[Mapping[str, Any]],
+    before: Mapping[str, Any],
+    judge: str,
+    names: Iterable[str],
+    texts: Sequence[str],
+) -> dict[str, Interval]:
+    """By evaluator, how the picture of each prompt that `judge` likes best compares with the one in `before`.
+
+    `drawn` are the scores `(n,)` of every draw by evaluator, `before` those of the unmodified model, `texts` the
+    prompts. Paired, with 95 % intervals for each alone.
+    """
+    sign = 1 if get(judge).direction == "maximize" else -1
+    chosen = np.argmax([sign * np.asarray(scores[judge]) for scores in drawn], axis=0)
+    kept = {name: np.choose(chosen, [scores[name] for scores in drawn]) for name in names}
+    return {
+        name: paired_interval(values, before[name], groups=texts, scale=scale_of(get(name)))
+        for name, values in kept.items()
+    }
 
 
 def best_of(
@@ -30,6 +52,11 @@ def best_of(
     (timed,) = pool.run([Job("time_scoring", (judge, plain[: config.generation.batch]))])
     share = {c.key: 1 / c.speedup + timed.result / unmodified for c in picked}  # of that time, for each picture
     draws = {c.key: int(1 / share[c.key]) for c in picked}
+    if max(draws.values()) < 2:
+        part = timed.result / unmodified
+        study.display.say(
+            f"no pick leaves time for a second picture: {judge} takes {part:.2f} of the time of a picture"
+        )
 
     def name(c: Confirmed, draw: int) -> str:
         return f"best-of-{short(c.key)}-{draw}" if draw else held_out_name(c)
@@ -46,16 +73,11 @@ def best_of(
     pool.run(jobs, keep)
 
     objectives, before = config.objectives, run.read_scores("confirm-unmodified")
-    names = dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported))
-    texts, sign = list(before["prompt"]), 1 if get(judge).direction == "maximize" else -1
+    reported = dict.fromkeys((objectives.alignment, objectives.quality, *objectives.reported))
+    names = [evaluator for evaluator in reported if not is_fidelity(evaluator)]
     for c in picked:
         drawn = [run.read_scores(name(c, draw)) for draw in range(draws[c.key])]
         for count in range(2, len(drawn) + 1):
-            chosen = np.argmax([sign * scores[judge] for scores in drawn[:count]], axis=0)
             told: dict[str, Any] = {"by": judge, "count": count, "speedup": 1 / (count * share[c.key])}
-            for evaluator in names:
-                if not is_fidelity(evaluator):
-                    kept = np.choose(chosen, [scores[evaluator] for scores in drawn[:count]])
-                    scale = scale_of(get(evaluator))
-                    told[evaluator] = paired_interval(kept, before[evaluator], groups=texts, scale=scale).points
-            c.best_of.append(told)
+            gains = of_the_best(drawn[:count], before, judge, names, list(before["prompt"]))
+            c.best_of.append(told | {evaluator: gain.points for evaluator, gain in gains.items()})

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from blocktune.evaluators import Interval, get, paired_interval, scale_of, time_runs
 from blocktune.policies import BlockPolicy, Reuse, Rule
+from blocktune.search.best_of import of_the_best
 from blocktune.search.config import Search, load_config
 from blocktune.search.front import Baseline, Point, hypervolume
 
@@ -215,14 +216,10 @@ def best_of_several(bench: Workbench, results: list[Result], count: int) -> list
         for r in map(own.__getitem__, unbeaten(list(own))):
             drawn = [bench.scores(r.way, "confirm", count, draw) for draw in range(int((1 + SLACK) * r.speedup))]
             for draws in range(2, len(drawn) + 1):
-                chosen = np.argmax([scores[JUDGE] for scores in drawn[:draws]], axis=0)
                 told: dict[str, Any] = {"method": method, "name": r.way.name, "draws": draws}
                 told |= {"drawing": r.speedup / draws, "speedup": 1 / (draws * (1 / r.speedup + share))}
-                for name in (*bench.objectives, STRICT):
-                    kept = np.choose(chosen, [scores[name] for scores in drawn[:draws]])
-                    gain = paired_interval(kept, before[name], groups=prompts, scale=scale_of(get(name)))
-                    told[name] = gain.in_points
-                rows.append(told)
+                gains = of_the_best(drawn[:draws], before, JUDGE, (*bench.objectives, STRICT), prompts)
+                rows.append(told | {name: gain.in_points for name, gain in gains.items()})
     return sorted(rows, key=lambda row: -row[STRICT][0])
 
 

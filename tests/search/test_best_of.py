@@ -1,5 +1,6 @@
 """What picks gain by several pictures in the time of one: drawn and scored by a real worker, in this process."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +64,9 @@ def study(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     measured = pool.worker.measure(plain, "confirm", None)
     run.write_images("confirm-unmodified", measured.images)
     run.write_scores("confirm-unmodified", read_prompts(config, "confirm"), measured.scores)
-    yield SimpleNamespace(config=config, pool=pool, run=run)
+    yield SimpleNamespace(
+        config=config, pool=pool, run=run, said=(said := []), display=SimpleNamespace(say=said.append)
+    )
     run.release()
 
 
@@ -114,8 +117,10 @@ def test_what_is_drawn_stays(study: Any, pick: tuple[Confirmed, Candidate]) -> N
 
 def test_no_more_than_one_fits_into_the_time_of_a_slow_pick(study: Any, pick: tuple[Confirmed, Candidate]) -> None:
     confirmed, chosen = replace(pick[0], speedup=1.9), pick[1]
+    assert study.said == []  # while there was time
     best_of(study, [confirmed], {confirmed.key: chosen}, JUDGE, 35.0)
     assert confirmed.best_of == []
+    assert re.fullmatch(rf"no pick leaves time for a second picture: {JUDGE} takes 0\.0\d of .*", study.said.pop())
 
 
 @pytest.mark.parametrize("by", ["psnr", "shapes", "hps_v2.1:reference"])
