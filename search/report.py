@@ -1,6 +1,7 @@
 """What a person looks at after a search: the front as a picture, the picks beside the unmodified model, and a page."""
 
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib
 
@@ -180,7 +181,8 @@ def summary(run: RunDirectory) -> str:
             f"speed as timed. Held: by their intervals, {objectives.alignment} can have lost at most {lost:.1f} points",
             f"and {objectives.quality} {blurred:.1f}.",
         ]
-    lines += [f"{', '.join(c.picks)}, {line}" for c in confirmed for line in _best_of(c, config)]
+    drawn = [f"{', '.join(c.picks)}, {line}" for c in confirmed for line in _best_of(c, config)]
+    lines += [part for line in drawn for part in ("", *wrap(line, 100, subsequent_indent="  "))]
     if not any(c.picks for c in confirmed):
         lines.append("Nothing that held was better or faster than the unmodified model: nothing is picked.")
     return "\n".join(lines)

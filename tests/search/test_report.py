@@ -1,7 +1,11 @@
-"""Where the numbers stand on the picture of a front."""
+"""Where the numbers stand on the picture of a front, and what is printed of the picks."""
+
+import json
+from pathlib import Path
 
 import numpy as np
-from blocktune.search.report import apart
+from blocktune.search.report import apart, summary
+from blocktune.search.run_directory import RunDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,3 +24,15 @@ def test_what_has_room_stays() -> None:
     places = np.array([0.0, 0.2, 0.5, 1.0])
     assert np.allclose(apart(places, 0.2), places)
     assert np.allclose(apart(np.array([0.1, 0.5, 0.5, 0.9]), 0.1), [0.1, 0.45, 0.55, 0.9])
+
+
+def test_what_a_pick_buys_is_printed_whole_in_lines_that_can_be_read() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu"
+    record = json.loads((folder / "confirmed.json").read_text())
+    (told,) = [one for member in record["confirmed"] for one in member["best_of"]]
+    table, _, drawn = summary(RunDirectory(folder)).split("\n\n")
+    assert table.startswith("candidate")
+    assert max(map(len, drawn.splitlines())) <= 100
+    words = " ".join(drawn.split())
+    assert f"the best of 2 by {told['by']}, {told['speedup']:.2f}x: " in words
+    assert all(f"{name} {told[name]}" in words for name in told.keys() - {"by", "count", "speedup"})
