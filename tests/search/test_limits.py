@@ -148,7 +148,7 @@ def test_the_dropped_are_told_by_an_estimate_and_stand_nowhere(
         scores = pd.read_parquet(run_directory / "scores" / f"trial-{trial.number:04d}.parquet")
         seen = int(trial.user_attrs["metrics"]["images"])
         assert len(scores) == seen
-        assert (seen in (2, 4)) == ("dropped" in trial.user_attrs)
+        assert (seen in (2, 3, 5)) == ("dropped" in trial.user_attrs)  # two, and half as many again each time
         assert seen == 6 or "anchor" not in trial.user_attrs
         for value, name in zip(trial.values, ("lamp:Brightness", "crispness"), strict=False):
             assert value == pytest.approx(before[name].mean() + (scores[name] - before[name][:seen]).mean(), abs=1e-12)
