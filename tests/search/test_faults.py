@@ -126,8 +126,9 @@ def test_a_worker_that_died_once_costs_no_trial(world: Any, ended: list[FrozenTr
     assert sum(t.state == TrialState.COMPLETE for t in ended) == TRIALS - 3
 
 
-def test_status_tells_the_reasons(world: Any, run: Path, ended: list[FrozenTrial]) -> None:
-    told = world.run("status", run).stdout
+@pytest.mark.usefixtures("in_place")
+def test_status_tells_the_reasons(run: Path, ended: list[FrozenTrial], printed: Callable[..., str]) -> None:
+    told = printed("status", run)
     assert f"{TRIALS - 3} complete" in told
     assert "the lamp went out" in told
 

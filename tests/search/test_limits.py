@@ -137,8 +137,9 @@ def test_constraints_decide_what_stands(run_directory: Path, ended: list[optuna.
     assert {stands(t) for t in ended} == {True, False}
 
 
+@pytest.mark.usefixtures("in_place")
 def test_the_dropped_are_told_by_an_estimate_and_stand_nowhere(
-    world: Any, run_directory: Path, ended: list[optuna.trial.FrozenTrial]
+    run_directory: Path, ended: list[optuna.trial.FrozenTrial], printed: Callable[..., str]
 ) -> None:
     before = pd.read_parquet(run_directory / "scores" / "unmodified.parquet")
     measured = [t for t in ended if "same_as" not in t.user_attrs]
@@ -154,5 +155,5 @@ def test_the_dropped_are_told_by_an_estimate_and_stand_nowhere(
             assert value == pytest.approx(before[name].mean() + (scores[name] - before[name][:seen]).mean(), abs=1e-12)
     names = {point_of(t).name for t in ended if "dropped" in t.user_attrs}
     confirmed = {c["name"] for c in json.loads((run_directory / "confirmed.json").read_text())["confirmed"]}
-    front = {row["name"] for row in json.loads(world.run("front", run_directory, "--format", "json").stdout)}
+    front = {row["name"] for row in json.loads(printed("front", run_directory, "--format", "json"))}
     assert not names & (confirmed | front)
