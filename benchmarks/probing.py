@@ -63,6 +63,16 @@ def compare(
     }  # fmt: skip
 
 
+def top(means: np.ndarray, count: int) -> np.ndarray:
+    """The blocks with the highest of `means` (effects, blocks), best first: (effects, count)."""
+    return np.argsort(-means, axis=1)[:, :count]
+
+
+def common(one: np.ndarray, other: np.ndarray) -> int:
+    """How many blocks of each effect are in both, summed."""
+    return sum(len(np.intersect1d(a, b)) for a, b in zip(one, other, strict=True))
+
+
 def replayed(gains: np.ndarray, probe: Probe) -> dict[str, dict[str, float]]:
     """Of the best blocks by all pictures, how many the probe's share finds in random orders, and the points lost.
 
@@ -71,7 +81,7 @@ def replayed(gains: np.ndarray, probe: Probe) -> dict[str, dict[str, float]]:
     rng = np.random.default_rng(0)
     effects, blocks, images = gains.shape
     all_pictures = gains.mean(-1)
-    best = np.argsort(-all_pictures, axis=1)[:, : probe.chosen]
+    best = top(all_pictures, probe.chosen)
     told: dict[str, list[tuple[float, float]]] = {"coarse": [], "every block": []}
     for _ in range(ORDERS):
         mixed = gains[..., rng.permutation(images)]
@@ -85,10 +95,9 @@ def replayed(gains: np.ndarray, probe: Probe) -> dict[str, dict[str, float]]:
             "every block": mixed[..., : int(probe.share * images)].mean(-1),
         }
         for name, seen in means.items():
-            found = np.argsort(-seen, axis=1)[:, : probe.chosen]
-            same = sum(len(np.intersect1d(a, b)) for a, b in zip(best, found, strict=True))
+            found = top(seen, probe.chosen)
             lost = np.take_along_axis(all_pictures, best, 1) - np.take_along_axis(all_pictures, found, 1)
-            told[name].append((same, float(lost.mean())))
+            told[name].append((common(best, found), float(lost.mean())))
     means_of = {name: np.mean(rows, axis=0) for name, rows in told.items()}
     return {name: {"same": float(s), "points_lost": 100 * float(lost)} for name, (s, lost) in means_of.items()}
 
@@ -121,8 +130,7 @@ def agreement(gains: np.ndarray, texts: np.ndarray, count: int, chosen: int) -> 
     for _ in range(DIVISIONS):
         place = rng.permutation(len(different))[prompt]
         halves = [(start <= place) & (place < start + size) for start in (0, size)]
-        best = [np.argsort(-gains[..., half].mean(-1), axis=1)[:, :chosen] for half in halves]
-        same.append(sum(len(np.intersect1d(a, b)) for a, b in zip(*best, strict=True)))
+        same.append(common(*(top(gains[..., half].mean(-1), chosen) for half in halves)))
     effects, blocks, _ = gains.shape
     return {
         "pictures": count, "same": float(np.mean(same)), "deviation": float(np.std(same)), "of": effects * chosen,
