@@ -1,28 +1,28 @@
 """The trainer, run very small: it makes a pipeline that loads, and goes on where it was stopped."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from blocktune.reference.train import main
 from diffusers import StableDiffusion3Pipeline
 
 
-def train(folder: Path, steps: int) -> None:
+def train(monkeypatch: pytest.MonkeyPatch, folder: Path, steps: int) -> None:
     """Two steps of the autoencoder and `steps` of the transformer."""
     sizes = {"--scenes": 8, "--vae-steps": 2, "--vae-batch": 2, "--batch": 2, "--steps": steps}
     places = {"--work": folder / "work", "--out": folder / "out"}
     options = [str(item) for pair in (sizes | places | {"--device": "cpu"}).items() for item in pair]
-    command = [sys.executable, "-m", "blocktune.reference.train", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["train", *options])
+    main()
 
 
-def test_a_stopped_training_goes_on_and_ends_in_a_pipeline(tmp_path: Path) -> None:
-    train(tmp_path, steps=2)
+def test_a_stopped_training_goes_on_and_ends_in_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(monkeypatch, tmp_path, steps=2)
     before = torch.load(tmp_path / "work" / "transformer.pt", weights_only=True)
-    train(tmp_path, steps=3)
+    train(monkeypatch, tmp_path, steps=3)
     after = torch.load(tmp_path / "work" / "transformer.pt", weights_only=True)
     assert (before["done"], after["done"]) == (2, 3)
     assert any(not torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
