@@ -12,11 +12,27 @@ import typer
 from .policy_commands import evaluate, fail, generate, verify
 
 app = typer.Typer(
-    help="Finds what each block of a diffusion transformer should do at each step of a run.",
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
 )  # fmt: skip
 RunArgument = Annotated[Path, typer.Argument(help="a run directory")]
 DEFAULT_RUN = Path("runs/reference")
+
+
+def _version(asked: bool) -> None:
+    from importlib.metadata import version
+
+    if asked:
+        typer.echo(f"blocktune {version('blocktune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and exit")
+    ] = False,
+) -> None:
+    """Finds what each block of a diffusion transformer should do at each step of a run."""
 
 
 @app.command()

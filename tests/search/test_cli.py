@@ -1,6 +1,7 @@
-"""A person's mistakes at the command line: exit code 2 and one line on stderr."""
+"""The command line: its version, and a person's mistakes, exit code 2 and one line on stderr."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,7 @@ def test_prompts_that_are_not_json_are_named(
     monkeypatch.chdir(tmp_path)
     told = mistake("search", "--set", "prompts.confirm=bad.jsonl")
     assert "prompts.confirm: bad.jsonl:1 is not JSON" in told
+
+
+def test_the_version_is_the_packages(blocktune: Callable[..., tuple[int, str, str]]) -> None:
+    assert blocktune("--version") == (0, f"blocktune {version('blocktune')}\n", "")
