@@ -3,11 +3,14 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 from blocktune.search.cli import main
-from diffusers import StableDiffusion3Pipeline
 from hypothesis import settings
+
+if TYPE_CHECKING:  # the process that only hands tests out need not wait for it
+    from diffusers import StableDiffusion3Pipeline
 
 # A change is judged by what it breaks, not by which examples were drawn for it: the same ones every time.
 settings.register_profile("repeatable", derandomize=True)
@@ -15,7 +18,7 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
-def tiny_sd3_pipeline() -> Callable[..., StableDiffusion3Pipeline]:
+def tiny_sd3_pipeline() -> "Callable[..., StableDiffusion3Pipeline]":
     """The builder: `tiny_sd3_pipeline(num_layers=4, qk_norm=None, dual_attention_layers=(), seed=0)`."""
     from .policies.pipelines import sd3_pipeline  # here: it imports all of diffusers' families
 

@@ -47,7 +47,8 @@ def run_directory(world: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(world: Any, run_directory: Path) -> list[optuna.trial.FrozenTrial]:
-    done = world.run("search", world.config, "--out", run_directory)
+    little = ["--set", "confirm.neighbours=0", "--set", "confirm.transfer=[]"]  # it is confirmed again at the end
+    done = world.run("search", world.config, "--out", run_directory, *little)
     assert "the search ends at search.max_images: " in done.stderr
     return trials_of(run_directory)
 

@@ -214,7 +214,7 @@ def test_status_and_front(searched: Path, printed: Callable[..., str]) -> None:
 
 
 def test_generate_draws_the_picture_that_was_scored(
-    world: Any, searched: Path, tiny_model: Path, printed: Callable[..., str]
+    searched: Path, tiny_model: Path, tmp_path: Path, printed: Callable[..., str]
 ) -> None:
     confirmed = json.loads((searched / "confirmed.json").read_text())["confirmed"]
     member = next(c for c in confirmed if c["rules"])
@@ -222,13 +222,13 @@ def test_generate_draws_the_picture_that_was_scored(
     with np.load(searched / "images" / f"confirm-{member['key'][:16]}-{member['steps']}.npz") as stored:
         scored = stored["images"][1]
     ask = ["generate", "--policy", policy, "--prompt", "a photo of a red ring", "--seed", 101, "--model", tiny_model]
-    world.run(*ask, "-o", world.folder / "one.png")
-    with Image.open(world.folder / "one.png") as picture:
+    printed(*ask, "-o", tmp_path / "one.png")
+    with Image.open(tmp_path / "one.png") as picture:
         drawn = np.asarray(picture)
     assert drawn.shape == scored.shape
     assert np.abs(drawn.astype(int) - scored).max() <= 1
-    printed(*ask, "--compare", "-o", world.folder / "two.png")
-    with Image.open(world.folder / "two.png") as beside:
+    printed(*ask, "--compare", "-o", tmp_path / "two.png")
+    with Image.open(tmp_path / "two.png") as beside:
         assert beside.width > 2 * drawn.shape[1]
 
 
