@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 from blocktune.evaluators import UnknownEvaluator, as_array, families, get, names, register
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -14,7 +14,6 @@ shapes = st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5), st.j
 
 
 @given(arrays(np.uint8, shapes))
-@settings(deadline=None)
 def test_as_array_of_bytes_is_exact_for_every_form(images):
     expected = (images / 255).astype(np.float32)
     for form in (images, list(images), [Image.fromarray(image) for image in images], expected):
@@ -27,7 +26,6 @@ def test_as_array_of_bytes_is_exact_for_every_form(images):
 
 
 @given(arrays(st.sampled_from([np.float16, np.float32, np.float64]), shapes, elements=st.floats(width=16)))
-@settings(deadline=None)
 def test_as_array_takes_floats_as_they_are(images):
     np.testing.assert_array_equal(as_array(images), images.astype(np.float32))
 

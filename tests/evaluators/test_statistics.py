@@ -20,7 +20,6 @@ scores = st.integers(2, 30).flatmap(lambda n: arrays(np.float64, (2, n), element
 
 
 @given(scores)
-@settings(deadline=None)
 def test_means_and_order(pair):
     result = paired_interval(*pair)
     assert result.value == pytest.approx(pair[0].mean())
@@ -32,14 +31,12 @@ def test_means_and_order(pair):
 
 
 @given(scores)
-@settings(deadline=None)
 def test_swapping_the_sides_mirrors_the_interval(pair):
     forth, back = paired_interval(pair[0], pair[1]), paired_interval(pair[1], pair[0])
     assert (back.delta, back.low, back.high) == pytest.approx((-forth.delta, -forth.high, -forth.low), abs=1e-12)
 
 
 @given(scores, st.floats(-2, 2), st.floats(0.1, 5))
-@settings(deadline=None)
 def test_shift_and_scale(pair, shift, scale):
     plain, moved = paired_interval(*pair), paired_interval(pair[0] * scale + shift, pair[1] * scale)
     expected = [plain.delta * scale + shift, plain.low * scale + shift, plain.high * scale + shift]
@@ -139,7 +136,6 @@ def test_the_bootstrap_draws_whole_prompts():
 
 
 @given(scores)
-@settings(deadline=None)
 def test_the_t_test_claims_what_the_interval_leaves_zero_out_of(pair):
     p = paired_t_test(*pair)
     assert 0 <= p <= 1
@@ -255,7 +251,6 @@ def test_mcnemar_by_hand(policy, baseline, p):
 
 
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))))
-@settings(deadline=None)
 def test_mcnemar_is_binomial(pair):
     from scipy.stats import binomtest
 
@@ -265,7 +260,6 @@ def test_mcnemar_is_binomial(pair):
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans()), min_size=2, max_size=24))
-@settings(deadline=None)
 def test_mcnemar_of_prompts_is_by_all_ways_to_change_sides(rows):
     """Every prompt's pictures are the policy's or the baseline's: 2^prompts ways, of which those as uneven count."""
     groups, policy, baseline = ([*column] for column in zip(*[*rows, (4, True, True)], strict=True))
@@ -354,7 +348,7 @@ def test_the_detectable_difference_is_detected_by_the_interval_too():
 
 
 @given(st.integers(2, 3000), st.just(0.0) | st.floats(1e-6, 3), st.floats(0.5, 0.99), st.floats(0.55, 0.99))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_detectable_difference_is_in_units_of_the_spread(n, spread, level, power):
     delta = minimum_detectable_difference(n, spread, level, power)
     assert delta == pytest.approx(spread * minimum_detectable_difference(n, 1, level, power), rel=1e-6)

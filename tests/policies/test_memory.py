@@ -3,7 +3,7 @@
 import pytest
 import torch
 from blocktune.policies import BlockPolicy, PolicyError, Reuse, Rule, Skip, apply_policy, predict_cache_bytes
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .families import FAMILIES, STEPS, TEXT_TOKENS, Family
@@ -44,7 +44,7 @@ def policies(draw: st.DrawFn, family: Family, pipe: Pipeline) -> BlockPolicy:
 def test_prediction_is_what_the_report_tells(family, model):
     met = set()
 
-    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=12)
     @given(st.data(), st.booleans(), st.integers(1, 2))
     def check(data: st.DataObject, guided: bool, pictures: int) -> None:
         pipe = Pipeline(model, guided)

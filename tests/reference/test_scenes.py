@@ -33,7 +33,7 @@ def test_every_request_is_read_back_from_its_prompt(kind: str) -> None:
 
 
 @given(requests)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_sampled_request_is_read_back_from_its_prompt(request_: Request) -> None:
     assert read_prompt(prompt_of(request_)) == request_
     assert read_prompt(prompt_of(request_).upper()) == request_
@@ -50,7 +50,7 @@ def test_an_unknown_kind_is_refused() -> None:
 
 
 @given(requests, st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_scene_fulfils_its_request_and_nothing_touches(request_: Request, seed: int) -> None:
     scene = sample_scene(request_, np.random.default_rng(seed))
     wanted = [thing for thing in request_.things for _ in range(thing.count)]

@@ -132,7 +132,7 @@ rules = st.builds(
 )
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 @given(
     policies=st.lists(st.lists(rules, max_size=3, unique_by=lambda r: r.blocks), min_size=2, max_size=3),
     gib=st.sampled_from([GENEROUS, 20_000 / 2**30, 0.0]),

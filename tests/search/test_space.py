@@ -139,7 +139,7 @@ def test_neighbours_differ_in_one_choice_by_one_notch(
             assert abs(choices.index(told) - choices.index(values[name])) == 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(params, st.integers(0, 3))
 def test_near_is_an_unknown_neighbour(model: ModelIdentity, drawn: tuple[Config, dict[str, Any]], seed: int) -> None:
     config, values = drawn

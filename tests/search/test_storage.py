@@ -40,7 +40,7 @@ def ask(study: optuna.Study) -> optuna.Trial:
     return trial
 
 
-@settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
 @given(processes=st.lists(st.lists(st.tuples(ends, unit, unit, unit), max_size=5), min_size=1, max_size=3))
 def test_the_database_has_what_memory_has(
     processes: list[list[tuple]], tmp_path_factory: pytest.TempPathFactory

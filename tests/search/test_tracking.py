@@ -221,7 +221,7 @@ def test_what_another_process_could_not_send_is_sent(tmp_path: Path, monkeypatch
     assert {run.data.metrics["shapes"] for (run,) in found.values()} == {0, 1 / 8, 2 / 8, 3 / 8}
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(sent=st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=3))
 def test_a_record_that_is_sent_twice_is_there_once(store: str, tmp_path: Path, sent: list[list[int]]) -> None:
     """Each inner list is a process, which tells of these trials."""
