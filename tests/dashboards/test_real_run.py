@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import expect
 from starlette.testclient import TestClient
 
-from ..search.conftest import new_world, tiny_model  # noqa: F401  (fixtures)
+from ..search.conftest import HANG, new_world, tiny_model  # noqa: F401  (fixtures)
 from .conftest import served
 
 
@@ -31,7 +31,7 @@ def driver(world) -> subprocess.Popen[bytes]:
 
 @pytest.fixture(scope="module")
 def run(world, driver) -> Path:
-    assert driver.wait(240) == 0, (world.folder / "stderr.txt").read_text()
+    assert driver.wait(HANG) == 0, (world.folder / "stderr.txt").read_text()
     return world.cwd / "runs" / "tiny"
 
 
@@ -42,11 +42,11 @@ def test_the_page_follows_a_search(world, driver, tab):
         said, marks = tab.get_by_role("status"), tab.locator("[data-key^=trial], [data-key^=anchor], [data-key^=star]")
         seen = []
         for count in (1, 2, 3):  # of a scoring's half second each, so that one or two come between two looks
-            expect(marks.nth(count)).to_be_attached(timeout=90_000)
+            expect(marks.nth(count)).to_be_attached(timeout=1000 * HANG)
             seen.append((marks.count(), said.inner_text()))
         assert driver.poll() is None, "the search ended before the page was seen to follow it"
         assert all(re.fullmatch(r"Searching: \d of 7 trials are done\.", sentence) for _, sentence in seen), seen
-        expect(said).to_contain_text("candidates confirmed", timeout=120_000)
+        expect(said).to_contain_text("candidates confirmed", timeout=1000 * HANG)
         expect(tab.locator("[data-key^=confirmed]").first).to_be_attached()
 
 

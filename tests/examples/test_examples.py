@@ -88,7 +88,7 @@ def roads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(commands, default=str)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_DISABLE_IMPORT_WARNING": "1"},
-        cwd=tmp_path_factory.mktemp("cwd"), capture_output=True, text=True, timeout=400,
+        cwd=tmp_path_factory.mktemp("cwd"), capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return folders

@@ -17,6 +17,9 @@ import pytest
 import torch
 import yaml
 
+# Seconds after which something is taken for hung, however slow and busy the machine.
+HANG = 900.0
+
 # Counts its calls in a file, so that the faults it is told to commit come in order, whatever process it lives in.
 EVALUATOR = """
 import os, signal, time
@@ -66,11 +69,11 @@ class World:
             "COLUMNS": "200", "PAUSE": str(self.pause), "OMP_NUM_THREADS": "1", "RAY_DISABLE_IMPORT_WARNING": "1",
         }  # fmt: skip
 
-    def run(self, *arguments: object, code: int = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Run `blocktune` to its end and expect this exit code."""
         done = subprocess.run(
             [sys.executable, "-m", "blocktune.search", *map(str, arguments)],
-            cwd=self.cwd, env=self.environment, capture_output=True, text=True, timeout=timeout,
+            cwd=self.cwd, env=self.environment, capture_output=True, text=True, timeout=HANG,
         )  # fmt: skip
         assert done.returncode == code, f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
@@ -79,7 +82,7 @@ class World:
         """Run a script of Python with the config's path, and give what the last line that it prints is as JSON."""
         done = subprocess.run(
             [sys.executable, "-c", script, str(self.config)],
-            cwd=self.cwd, env=self.environment, capture_output=True, text=True, timeout=300,
+            cwd=self.cwd, env=self.environment, capture_output=True, text=True, timeout=HANG,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
@@ -106,12 +109,12 @@ class World:
         return found
 
 
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait for `condition`; fail with `what` after so many seconds."""
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for `condition`; fail with `what` where it hangs."""
+    end = time.monotonic() + HANG
     while not condition():
         if time.monotonic() > end:
-            pytest.fail(f"waited {seconds:.0f} s in vain: {what}")
+            pytest.fail(f"waited {HANG:.0f} s in vain: {what}")
         time.sleep(0.1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from .conftest import trials_of, until
+from .conftest import HANG, trials_of, until
 
 TRIALS = 9
 
@@ -43,13 +43,13 @@ def run(world: Any) -> Path:
 def interrupted(world: Any, run: Path) -> dict[int, Any]:
     driver = world.start("search", world.config, "--out", run)
     log = world.folder / "stderr.txt"
-    until(lambda: f"search 1/{TRIALS}" in log.read_text() or driver.poll() is not None, 120, "a trial")
+    until(lambda: f"search 1/{TRIALS}" in log.read_text() or driver.poll() is not None, "a trial")
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(60) == 130, (world.folder / "stderr.txt").read_text()
+    assert driver.wait(HANG) == 130, (world.folder / "stderr.txt").read_text()
     told = (world.folder / "stderr.txt").read_text()
     assert "Traceback" not in told
     assert "--resume" in told
-    until(lambda: not world.processes(), 30, "Ray's processes end with the driver")
+    until(lambda: not world.processes(), "Ray's processes end with the driver")
     return finished(run)
 
 
@@ -57,10 +57,10 @@ def interrupted(world: Any, run: Path) -> dict[int, Any]:
 def killed(world: Any, run: Path, interrupted: dict[int, Any]) -> list[FrozenTrial]:
     driver = world.start("search", world.config, "--out", run, "--resume")
     calls = world.folder / "faults" / "calls"
-    until(lambda: calls.stat().st_size >= 9 or driver.poll() is not None, 180, "nine scorings")
+    until(lambda: calls.stat().st_size >= 9 or driver.poll() is not None, "nine scorings")
     os.killpg(driver.pid, signal.SIGKILL)
-    assert driver.wait(10) == -signal.SIGKILL, (world.folder / "stderr.txt").read_text()
-    until(lambda: not world.processes(), 60, "Ray's processes end with the driver")
+    assert driver.wait(HANG) == -signal.SIGKILL, (world.folder / "stderr.txt").read_text()
+    until(lambda: not world.processes(), "Ray's processes end with the driver")
     return trials_of(run)
 
 

@@ -36,7 +36,7 @@ pool.run([Job("measure", (Candidate(plain, 4), "search", None))])
 told = {"known": both(plain), "later": both(late), "all": both(late)}
 ray.kill(pool._outputs, no_restart=False)
 told["lost"] = both(late)
-end = time.monotonic() + 30
+end = time.monotonic() + 300
 while sum(again := both(late)) < 2 and time.monotonic() < end:  # until another has begun in its place
     pass
 told["anew"] = again

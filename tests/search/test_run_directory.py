@@ -11,7 +11,7 @@ import yaml
 from blocktune.search.config import Config, ConfigError
 from blocktune.search.run_directory import RunDirectory
 
-from .conftest import until
+from .conftest import HANG, until
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(
@@ -47,7 +47,6 @@ def test_a_full_disk_is_one_sentence(new_world: Callable[..., Any], small_disk: 
     driver = world.start("search", world.config, "--out", small_disk / "run")
     until(
         lambda: (small_disk / "run" / "scores" / "trial-0000.parquet").exists() or driver.poll() is not None,
-        120,
         "a trial",
     )
     with filler.open("wb", buffering=0) as file:
@@ -57,7 +56,7 @@ def test_a_full_disk_is_one_sentence(new_world: Callable[..., Any], small_disk: 
                     file.write(b"x" * size)
         except OSError:
             pass
-    code = driver.wait(120)
+    code = driver.wait(HANG)
     told = (world.folder / "stderr.txt").read_text()
     assert code == 1, told
     assert "Traceback" not in told

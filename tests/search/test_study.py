@@ -19,7 +19,7 @@ from blocktune.search.space import Around, anchors, candidate, distributions, ne
 from blocktune.search.study import Study, given, join_population, new_sampler
 from optuna.trial import TrialState
 
-from .conftest import trials_of, until
+from .conftest import HANG, trials_of, until
 
 # The command line, killed when Optuna is about to be told of trial 1, which MLflow already knows.
 KILLED_BEFORE_TELL = """
@@ -44,12 +44,12 @@ def test_a_trial_between_mlflow_and_optuna_is_told_again_and_not_measured_again(
     run = world.folder / "run"
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_BEFORE_TELL, "search", str(world.config), "--out", str(run)],
-        cwd=world.cwd, env=world.environment, capture_output=True, text=True, timeout=200,
+        cwd=world.cwd, env=world.environment, capture_output=True, text=True, timeout=HANG,
         start_new_session=True,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert trials_of(run)[1].state == TrialState.RUNNING
-    until(lambda: not world.processes(), 60, "Ray's processes end with the driver")
+    until(lambda: not world.processes(), "Ray's processes end with the driver")
     measured = (run / "scores" / "trial-0001.parquet").stat().st_mtime_ns
     world.run("search", "--resume", "--out", run)
     assert [t.state for t in trials_of(run)[:3]] == [TrialState.COMPLETE] * 3

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
-from .conftest import until
+from .conftest import HANG, until
 
 MODEL = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=12, fingerprint="0" * 64)
 PROMPTS = {
@@ -82,11 +82,11 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        until(lambda: answers(f"{self.uri}/health"), 90, "the tracking server")
+        until(lambda: answers(f"{self.uri}/health"), "the tracking server")
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(HANG)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_kill_amid_the_making_of_the_database_costs_no_record(tmp_path: Path) 
     (tmp_path / "mlflow.db.new").write_bytes(b"torn")
     tracker = Tracker(load_config(None, []), tmp_path, "again")
     a_trial(tracker, 0)
-    until(lambda: bool(tracker.run_id), 90, "the database")
+    until(lambda: bool(tracker.run_id), "the database")
     tracker.close()
     assert not list(tmp_path.glob("mlflow.db.new*"))
     assert not (tmp_path / "outbox.jsonl").exists()
@@ -154,14 +154,14 @@ def test_a_server_that_is_killed_loses_nothing(
     run = world.folder / "run"
     driver = world.start("search", world.config, "--out", run, "--set", f"mlflow.uri={server.uri}")
     log = world.folder / "stderr.txt"
-    until(lambda: "search 1/9" in log.read_text() or driver.poll() is not None, 120, "a trial")
+    until(lambda: "search 1/9" in log.read_text() or driver.poll() is not None, "a trial")
     server.kill()
     before = len(complete(run))
-    until(lambda: len(complete(run)) >= before + 2 or driver.poll() is not None, 60, "two trials without a server")
+    until(lambda: len(complete(run)) >= before + 2 or driver.poll() is not None, "two trials without a server")
     assert driver.poll() is None, log.read_text()
     assert (run / "outbox.jsonl").exists()
     server.start()
-    assert driver.wait(120) == 0, log.read_text()
+    assert driver.wait(HANG) == 0, log.read_text()
     assert "MLflow does not record" in log.read_text()
     outbox = run / "outbox.jsonl"
     assert not outbox.exists()
@@ -365,11 +365,11 @@ def test_optunas_dashboard_opens_the_study(tmp_path: Path) -> None:
         dashboard = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         studies = f"http://127.0.0.1:{port}/api/studies"
-        until(lambda: answers(studies), 60, "the dashboard")
+        until(lambda: answers(studies), "the dashboard")
         with urllib.request.urlopen(studies, timeout=5) as reply:
             (found,) = json.load(reply)["study_summaries"]
         assert found["study_name"] == STUDY
         assert len(found["directions"]) == 3
     finally:
         dashboard.kill()
-        dashboard.wait(10)
+        dashboard.wait(HANG)

@@ -42,7 +42,7 @@ def ranks(store: Path) -> tuple[list[int], tuple[str, ...], tuple[str, ...]]:
         )
         for rank in range(2)
     ]
-    outs, errors = zip(*(rank.communicate(timeout=120) for rank in both), strict=True)
+    outs, errors = zip(*(rank.communicate(timeout=600) for rank in both), strict=True)
     return [rank.returncode for rank in both], outs, errors
 
 
