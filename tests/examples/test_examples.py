@@ -21,6 +21,7 @@ from blocktune.search.study import check_objectives
 from PIL import Image
 
 from ..policies.pipelines import flux_pipeline, qwen_image_pipeline, sd3_pipeline, with_t5
+from ..search.conftest import HANG
 
 FOLDER = Path(__file__).parents[2] / "examples"
 PIPELINES = {
@@ -88,7 +89,7 @@ def roads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(commands, default=str)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_DISABLE_IMPORT_WARNING": "1"},
-        cwd=tmp_path_factory.mktemp("cwd"), capture_output=True, text=True, timeout=900,
+        cwd=tmp_path_factory.mktemp("cwd"), capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return folders

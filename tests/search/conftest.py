@@ -109,12 +109,12 @@ class World:
         return found
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for `condition`; fail with `what` where it hangs."""
-    end = time.monotonic() + HANG
+def until(condition: Callable[[], bool], what: str, seconds: float = HANG) -> None:
+    """Wait for `condition`; fail with `what` after so many seconds: fewer where it is promised to come soon."""
+    end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            pytest.fail(f"waited {HANG:.0f} s in vain: {what}")
+            pytest.fail(f"waited {seconds:.0f} s in vain: {what}")
         time.sleep(0.1)
 
 

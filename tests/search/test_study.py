@@ -49,7 +49,7 @@ def test_a_trial_between_mlflow_and_optuna_is_told_again_and_not_measured_again(
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert trials_of(run)[1].state == TrialState.RUNNING
-    until(lambda: not world.processes(), "Ray's processes end with the driver")
+    until(lambda: not world.processes(), "Ray's processes end with the driver", 60)
     measured = (run / "scores" / "trial-0001.parquet").stat().st_mtime_ns
     world.run("search", "--resume", "--out", run)
     assert [t.state for t in trials_of(run)[:3]] == [TrialState.COMPLETE] * 3

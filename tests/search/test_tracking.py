@@ -157,7 +157,7 @@ def test_a_server_that_is_killed_loses_nothing(
     until(lambda: "search 1/9" in log.read_text() or driver.poll() is not None, "a trial")
     server.kill()
     before = len(complete(run))
-    until(lambda: len(complete(run)) >= before + 2 or driver.poll() is not None, "two trials without a server")
+    until(lambda: len(complete(run)) >= before + 2 or driver.poll() is not None, "two trials without a server", 60)
     assert driver.poll() is None, log.read_text()
     assert (run / "outbox.jsonl").exists()
     server.start()

@@ -67,7 +67,7 @@ def obeys(model: nn.Module, family: Family, counter: CompileCounter, regional: b
     return graphs, more
 
 
-@pytest.mark.parametrize("name", ["flux2", "wan"])
+@pytest.mark.parametrize("name", ["flux2", "qwen-image", "wan"])
 @pytest.mark.filterwarnings("default")
 def test_whole_model_obeys_with_one_graph_for_each_pattern(counter, name):
     family = FAMILY[name]
