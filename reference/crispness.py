@@ -63,12 +63,13 @@ def measure(picture: np.ndarray) -> tuple[float, float, float] | None:
     from_ground = np.linalg.norm(picture - _GROUND, axis=-1)  # (h, w)
     objects = from_ground > _FOREGROUND
     near = ndimage.binary_dilation(objects, _SQUARE)
-    inner = ndimage.binary_erosion(objects, _SQUARE)
+    inner = np.asarray(ndimage.binary_erosion(objects, _SQUARE), bool)
     away = np.logical_not(ndimage.binary_dilation(near, _SQUARE))
     if inner.sum() < _MIN_AREA or away.mean() < _MIN_GROUND:
         return None
-    from_palette = np.linalg.norm(picture[:, :, None, :] - _PALETTE, axis=-1)  # (h, w, colours)
-    color = from_palette.argmin(-1)
+    from_palette = np.linalg.norm(picture[inner][:, None] - _PALETTE, axis=-1)  # (pixels inside, colours)
+    color = np.zeros(inner.shape, np.intp)
+    color[inner] = from_palette.argmin(-1)
     # the rim mixes object and ground, and may come near to a third colour: it belongs to the object inside of it
     rows, columns = ndimage.distance_transform_edt(np.logical_not(inner), return_distances=False, return_indices=True)  # pyright: ignore[reportGeneralTypeIssues]
     contrast = (_PALETTE - _GROUND)[color[rows, columns]]  # (h, w, 3)
@@ -77,7 +78,7 @@ def measure(picture: np.ndarray) -> tuple[float, float, float] | None:
     crossed = near & np.logical_not(inner) & (cover > low) & (cover < high)
     rise = ndimage.maximum_filter(cover, 3) - ndimage.minimum_filter(cover, 3)
     gap = float(1 - rise[crossed].mean()) if crossed.any() else 0.0
-    return _rms(from_ground[away]), _rms(from_palette.min(-1)[inner]), gap
+    return _rms(from_ground[away]), _rms(from_palette.min(-1)), gap
 
 
 def _rms(distances: np.ndarray) -> float:

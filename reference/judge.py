@@ -68,7 +68,6 @@ def find_objects(image: np.ndarray) -> list[Found]:
     if not np.isfinite(image).all():
         return []
     image = image.clip(-1, 2)  # worse than that is not told apart, and huge values would overflow
-    distance = np.linalg.norm(image[:, :, None, :] - _PALETTE, axis=-1)  # (h, w, 1 + colours)
     # foreground: nearer to the middle between some colour and the ground than to the ground
     foreground = np.linalg.norm(image - _PALETTE[0], axis=-1) > 0.30
     labels = np.empty(foreground.shape, np.int32)
@@ -80,7 +79,7 @@ def find_objects(image: np.ndarray) -> list[Found]:
         if area < _MIN_AREA:
             continue
         # the rim is mixed with the ground: the colour is voted by the pixels nearest to any palette colour
-        near = distance[window][mask][:, 1:]
+        near = np.linalg.norm(image[window][mask][:, None] - _PALETTE[1:], axis=-1)  # (pixels, colours)
         votes = near[near.min(1) <= np.median(near.min(1))].argmin(1)
         color = _NAMES[1 + int(np.bincount(votes).argmax())]
         assert color is not None

@@ -11,6 +11,7 @@ from blocktune.evaluators import CheckpointError, get
 from blocktune.evaluators.clip import _arguments, _of_file, load_clip
 from open_clip.pretrained import _PRETRAINED
 from PIL import Image
+from torch.nn.functional import normalize
 
 from . import checkpoints
 
@@ -43,6 +44,22 @@ def test_clip_score(model_scores):
     images, texts, _ = raw_vectors(name.partition(":")[2])
     expected = [100 * max(cosine(image, text), 0) for image, text in zip(images, texts, strict=True)]
     np.testing.assert_allclose(get(name).score(photos(), PROMPTS), expected, rtol=0, atol=1e-4)
+
+
+def test_pictures_and_texts_are_embedded_as_by_open_clip_itself(model_scores, monkeypatch):
+    """Though bytes become floats at once on the device, and a text that comes again is embedded once."""
+    clip = load_clip(model_scores["clip_score"].partition(":")[2])
+    with torch.inference_mode():
+        pixels = torch.stack([clip.transform(picture) for picture in photos()])
+        images = normalize(clip.model.encode_image(pixels), dim=-1)
+        texts = normalize(clip.model.encode_text(clip.tokenizer(PROMPTS)), dim=-1)
+    assert torch.equal(clip.images(photos()), images)
+    embedded = []
+    encode = clip.model.encode_text
+    monkeypatch.setattr(clip.model, "encode_text", lambda tokens: embedded.append(len(tokens)) or encode(tokens))
+    again = [2, 0, 0, 1, 2]
+    torch.testing.assert_close(clip.texts([PROMPTS[i] for i in again]), texts[again], rtol=0, atol=1e-6)
+    assert embedded == [len(PROMPTS)]
 
 
 def test_clip_score_has_no_negative_values(tmp_path):
