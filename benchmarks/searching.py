@@ -61,7 +61,7 @@ def proposals(bench: Workbench, search: Search, pictures: int, first: int | None
             params = suggest(trial, space)
         join_population(study, trial)
         chosen = candidate(params, config, bench.model, f"trial {trial.number}")
-        new = chosen.key not in seen
+        new = chosen.behaviour not in seen
         if new:
             way = Way("blocktune", f"trial {trial.number}", chosen.steps, chosen.policy)
             latency = costs.predict_policy(chosen.policy, chosen.steps)
@@ -75,8 +75,8 @@ def proposals(bench: Workbench, search: Search, pictures: int, first: int | None
             if len(gains) == pictures:
                 race.finish(gains, latency)
                 whole.append((params, point))
-            seen[chosen.key] = Proposal(way, point, gains, True)
-        proposal = replace(seen[chosen.key], new=new)
+            seen[chosen.behaviour] = Proposal(way, point, gains, True)
+        proposal = replace(seen[chosen.behaviour], new=new)
         study.tell(trial, [proposal.point.alignment, proposal.point.quality, proposal.point.latency])
         yield proposal
 

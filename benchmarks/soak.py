@@ -1,6 +1,7 @@
 """A long search among kills, and what the driver itself takes: python benchmarks/soak.py [--trials 300] [--driver 1000]
 
-The soak: a search of a tiny untrained model in a process of its own, two workers, one of which is killed every 20 s;
+The soak: a search of a tiny untrained model in a process of its own, two workers, one of which is killed every 20 s of
+searching;
 the driver with all its processes is killed twice and resumed. At the end every wanted trial has finished, each that had
 finished before a kill is as it was, none was run twice, and MLflow holds each once.
 
@@ -44,8 +45,8 @@ from optuna.trial import FrozenTrial, TrialState
 LIMIT_MS = 50.0  # of the driver, per trial
 KILL_EVERY = 20.0  # seconds between the deaths of workers
 SETTINGS = [
-    "generation.num_inference_steps=4", "generation.batch=6", "prompts.search_images=3", "prompts.confirm_images=6",
-    "space.anchor_steps=[3]", "confirm.candidates=2", "confirm.repeats=1", "ray.workers=2", "model.dtype=float32",
+    "generation.num_inference_steps=8", "generation.batch=12", "prompts.search_images=12", "prompts.confirm_images=12",
+    "space.anchor_steps=[6]", "confirm.candidates=2", "confirm.repeats=1", "ray.workers=2", "model.dtype=float32",
 ]  # fmt: skip
 
 
@@ -110,6 +111,7 @@ def soak(trials: int) -> dict[str, Any]:
         search = Search(folder, [*SETTINGS, f"model.path={folder / 'model'}", f"search.trials={trials}"])
         snapshots: list[dict[int, tuple[Any, ...]]] = []
         began = last = time.monotonic()
+        known = 0  # trials that had finished when the driver was started
         search.start()
         while search.driver.poll() is None:
             time.sleep(1)
@@ -117,8 +119,11 @@ def soak(trials: int) -> dict[str, Any]:
             if len(snapshots) < 2 and len(seen) >= trials * (len(snapshots) + 1) // 3:
                 search.kill()
                 snapshots.append(finished(trials_of(search.run)))
-                print(f"{time.monotonic() - began:5.0f} s  driver killed at {len(snapshots[-1])} trials", flush=True)
+                known = len(snapshots[-1])
+                print(f"{time.monotonic() - began:5.0f} s  driver killed at {known} trials", flush=True)
                 search.start()
+            elif len(seen) == known:  # it still begins, and without workers it would not
+                last = time.monotonic()
             elif time.monotonic() - last > KILL_EVERY:
                 search.kill_a_worker()
                 last = time.monotonic()
@@ -193,20 +198,24 @@ class InstantPool:
         return jobs
 
 
+def free(blocks: int) -> CostTable:
+    """Of a model that nobody runs: every block takes as long, and nothing is known of the device."""
+    parts = dict.fromkeys(("step_overhead", "run_overhead", "run_seconds"), 0.1)
+    sizes = {"steps": 20, "repeats": 1, "batch": 24, "rows": 48, "height": 8, "width": 8, "threads": 1}
+    return CostTable(
+        block_compute=(0.01,) * blocks, block_reuse=(0.0001,) * blocks, device="none", dtype="float32", **parts,
+        **sizes,
+    )  # fmt: skip
+
+
 def driver(trials: int) -> dict[str, Any]:
     """Milliseconds per trial of the driver's process, over the last hundred of `trials` and over all of them."""
     config = load_config(None, [f"search.trials={trials}"])
     blocks, asked, marks = 38, [], []
     model = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=blocks, fingerprint="0" * 64)
-    parts = dict.fromkeys(("step_overhead", "run_overhead", "run_seconds"), 0.1)
-    sizes = {"steps": 20, "repeats": 1, "batch": 24, "rows": 48, "height": 8, "width": 8, "threads": 1}
-    table = CostTable(
-        block_compute=(0.01,) * blocks, block_reuse=(0.0001,) * blocks, device="none", dtype="float32",
-        **parts, **sizes,
-    )  # fmt: skip
     with tempfile.TemporaryDirectory() as place, Display() as display:
         run = RunDirectory.open(Path(place) / "run", config, resume=False)
-        run.write_text(run.path / "cost_table.json", table.model_dump_json())
+        run.write_text(run.path / "cost_table.json", free(blocks).model_dump_json())
         pool: Any = InstantPool(config, model, config.prompts.search_images)
         tracker = Tracker(config, run.path, "benchmark")
         study = Study(config, run, pool, tracker, display)

@@ -1,9 +1,11 @@
 """A candidate: what a search proposes and a worker measures. Knows nothing of either."""
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from ..policies import BlockPolicy
+from ..policies import BlockPolicy, Plan
 
 
 @dataclass(frozen=True)
@@ -16,9 +18,21 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """Equal for two encodings of the same behaviour."""
+        """Its name in files and studies: equal for two encodings of the same policy, steps and guidance."""
         guidance = "" if self.guidance_scale is None else f"-{self.guidance_scale}"
         return f"{self.policy.digest}-{self.steps}{guidance}"
+
+    @cached_property
+    def behaviour(self) -> str:
+        """Equal for two that do the same at each of their steps, where another number of steps may tell them apart.
+
+        In four steps, whoever reuses from the second on does it as often with `every` 4 as with 6.
+        """
+        plan = Plan.compile(self.policy, self.steps)
+        columns = list(zip(*plan.steps, strict=True))
+        told = {column: repr(column) for column in set(columns)}  # blocks of a band have the same
+        does = repr((self.policy.model, plan.guided, [told[column] for column in columns], self.guidance_scale))
+        return hashlib.sha256(does.encode()).hexdigest()
 
     @property
     def sampling(self) -> dict[str, Any]:

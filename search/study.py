@@ -160,13 +160,19 @@ class Study:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
             self.tally.add(trial)
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        # of equal ones the first: it was measured, the others stand on it
-        self._known = {t.user_attrs["key"]: t for t in reversed(complete)}
+        # by behaviour; of equal ones the first: it was measured, the others stand on it
+        self._known = {self._stored(t).behaviour: t for t in reversed(complete)}
         for trial in feasible(self.study):
             if "same_as" not in trial.user_attrs:
                 scores = self.run.read_scores(f"trial-{trial.number:04d}")
                 self._race.finish(self.unmodified.differences(scores), point_of(trial).latency)
         self._allow()
+
+    @staticmethod
+    def _stored(trial: FrozenTrial) -> Candidate:
+        """What a trial measured."""
+        told = trial.user_attrs
+        return Candidate(BlockPolicy.model_validate(told["policy"]), told["steps"], told.get("guidance_scale"))
 
     @property
     def ended(self) -> str | None:
@@ -177,13 +183,18 @@ class Study:
         """Run until a limit of the config is reached, and what runs by then has finished."""
         limits = self.config.search
         done, images = self.tally.finished, self.tally.spent["images"]
+        # behaviours that are being measured, and the trials that turned out the same meanwhile
+        self._measuring: dict[str, list[tuple[optuna.Trial, Candidate]]] = {}
         self._budget = Budget(**self.study.user_attrs.get("budget", {}))
         self.study.set_user_attr("ended", None)
         self.display.trials(done, limits.trials, self.tally.standing, 0, 0.0)
         while not (ended := self._budget.ended(limits, done, images)) or self.pool.busy:
-            while not ended and self.pool.free and done + self.pool.busy < limits.trials:
+            while not ended and self.pool.free and done + self._running < limits.trials:
                 trial, chosen = self._ask()
-                if chosen.key in self._known:
+                if chosen.behaviour in self._measuring:
+                    self._measuring[chosen.behaviour].append((trial, chosen))
+                    continue
+                if chosen.behaviour in self._known:
                     self._tell_known(trial, chosen)
                     done += 1
                     ended = self._budget.ended(limits, done, images)
@@ -193,15 +204,22 @@ class Study:
                 races = self.config.search.racing and not {"anchor", "origin"} & trial.user_attrs.keys()
                 first = self.config.search.first_images if races else len(self.prompts)
                 latency = self.unmodified.latency(chosen)
+                self._measuring[chosen.behaviour] = []
                 self._draw(Entry(trial, chosen, latency, rounds(first, len(self.prompts))))
             if not self.pool.busy:
                 continue
             for job in self.pool.wait(timeout=1.0):
                 images += len(job.result.images) if job.result is not None else 0
-                done += self._tell(job)
+                if self._tell(job):
+                    done += 1 + self._tell_same(job.tag)
             self.display.tick()
         self.study.set_user_attr("ended", ended)
         self.display.say(f"the search ends at {ended}")
+
+    @property
+    def _running(self) -> int:
+        """Trials that have not finished."""
+        return sum(1 + len(same) for same in self._measuring.values())
 
     def _draw(self, entry: Entry) -> None:
         """The pictures of the next round, on the next free worker."""
@@ -227,11 +245,10 @@ class Study:
         rng = np.random.default_rng((search.seed, len(trials)))
         if rng.random() >= search.refine or any(t.state == TrialState.WAITING for t in trials):
             return None
-        members = [params for point in self.tally.front if (params := self._known[point.key].params)]
-        if not members:
-            return None
-        known = self._known.keys() | {t.user_attrs["key"] for t in trials if t.state == TrialState.RUNNING}
-        return self._around.near(members[rng.integers(len(members))], known, rng)
+        params = {t.user_attrs["key"]: t.params for t in self._known.values()}
+        members = [params[point.key] for point in self.tally.front if params[point.key]]
+        known = self._known.keys() | self._measuring.keys()
+        return self._around.near(members[rng.integers(len(members))], known, rng) if members else None
 
     def _ask(self) -> tuple[optuna.Trial, Candidate]:
         with given(self.study, self._near()):
@@ -249,9 +266,10 @@ class Study:
         return trial, chosen
 
     def _tell_known(self, trial: optuna.Trial, chosen: Candidate) -> None:
-        """The same behaviour spelled otherwise is one policy: its scores stand."""
-        known = self._known[chosen.key]
+        """The same behaviour spelled otherwise is one policy: its scores stand, and its key."""
+        known = self._known[chosen.behaviour]
         trial.set_user_attr("same_as", known.number)
+        trial.set_user_attr("key", known.user_attrs["key"])
         if "dropped" in known.user_attrs:
             trial.set_user_attr("dropped", True)
         for name, excess in known.constraints.items():
@@ -260,6 +278,17 @@ class Study:
         trial.set_user_attr("metrics", known.user_attrs["metrics"] | unspent)
         self._storage.write()
         self._after(self._close(trial))
+
+    def _tell_same(self, entry: Entry) -> int:
+        """A trial has ended: so have those that waited for it, being the same. How many."""
+        same = self._measuring.pop(entry.chosen.behaviour)
+        for trial, chosen in same:
+            if chosen.behaviour in self._known:
+                self._tell_known(trial, chosen)
+            else:
+                trial.set_user_attr("reason", entry.trial.user_attrs["reason"])
+                self._after(self._close(trial))
+        return len(same)
 
     def _close(self, trial: optuna.Trial | FrozenTrial) -> FrozenTrial:
         """Tell MLflow, then Optuna, what the attributes of `trial` say; after a kill in between, both again."""
@@ -314,7 +343,7 @@ class Study:
             self._race.finish(differences, latency)
         trial.set_user_attr("metrics", metrics)
         closed = self._close(trial)
-        self._known.setdefault(chosen.key, closed)
+        self._known.setdefault(chosen.behaviour, closed)
         self._after(closed, seen, entry.generate_seconds)
         return True
 

@@ -103,6 +103,29 @@ def test_the_key_is_that_of_policy_and_steps_unless_guidance_differs(
     assert chosen.key.startswith(before)
 
 
+@given(params, params)
+def test_two_behave_alike_where_every_block_does_the_same_at_every_step(
+    model: ModelIdentity, drawn: tuple[Config, dict[str, Any]], other: tuple[Config, dict[str, Any]]
+) -> None:
+    one, two = (candidate(values, config, model, "x") for config, values in (drawn, other))
+    plans = [Plan.compile(chosen.policy, chosen.steps) for chosen in (one, two)]
+    alike = plans[0] == plans[1] and one.guidance_scale == two.guidance_scale
+    assert (one.behaviour == two.behaviour) == alike
+    assert one.behaviour == two.behaviour or one.key != two.key
+
+
+@pytest.mark.parametrize(
+    ("steps", "alike"),
+    [(4, True), (20, False)],  # from 0.4 on four steps have two left, twenty have twelve
+)
+def test_few_steps_make_policies_alike(model: ModelIdentity, steps: int, alike: bool) -> None:
+    config = Config(generation=Generation(num_inference_steps=steps))
+    points = anchors(config, 12)
+    often, seldom = (candidate(points[f"late reuse {every}"], config, model, "x") for every in (4, 6))
+    assert often.key != seldom.key
+    assert (often.behaviour == seldom.behaviour) == alike
+
+
 def test_other_steps_guidance_or_actions_change_the_key(model: ModelIdentity) -> None:
     config = Config(space=Space(guidance_scale=(4.0, 4.5, 8.0)))
     keys = [candidate(values, config, model, name).key for name, values in anchors(config, 12).items()]
@@ -127,8 +150,8 @@ def test_neighbours_differ_in_one_choice_by_one_notch(
     config, values = drawn
     near = neighbours(values, config, model)
     own = candidate(values, config, model, "x")
-    assert own.key not in {n.key for n in near}
-    assert len({n.key for n in near}) == len(near) <= 2 * len(values)
+    assert own.behaviour not in {n.behaviour for n in near}
+    assert len({n.key for n in near}) == len({n.behaviour for n in near}) == len(near) <= 2 * len(values)
     for one in near:
         name, value = one.policy.name.split(" ")
         told = value == "True" if name == "forecast" else type(values[name])(value)
@@ -143,14 +166,14 @@ def test_neighbours_differ_in_one_choice_by_one_notch(
 @given(params, st.integers(0, 3))
 def test_near_is_an_unknown_neighbour(model: ModelIdentity, drawn: tuple[Config, dict[str, Any]], seed: int) -> None:
     config, values = drawn
-    around = {one.key for one in neighbours(values, config, model)}
+    around = {one.behaviour for one in neighbours(values, config, model)}
     rng, known, near = np.random.default_rng(seed), set[str](), Around(config, model).near
     for _ in range(min(3, len(around))):
         chosen = near(values, known, rng)
         assert chosen is not None
-        key = candidate(chosen, config, model, "x").key
-        assert key in around - known
-        known.add(key)
+        found = candidate(chosen, config, model, "x").behaviour
+        assert found in around - known
+        known.add(found)
     assert near(values, around, rng) is None
 
 

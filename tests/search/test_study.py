@@ -14,10 +14,15 @@ import pytest
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.config import ConfigError, load_config
 from blocktune.search.front import Point
+from blocktune.search.pool import Job
+from blocktune.search.progress import Display
 from blocktune.search.run_directory import RunDirectory
 from blocktune.search.space import Around, anchors, candidate, distributions, neighbours, suggest
 from blocktune.search.study import Study, given, join_population, new_sampler
+from blocktune.search.tracking import Tracker
 from optuna.trial import TrialState
+
+from benchmarks.soak import InstantPool, free
 
 from .conftest import HANG, trials_of, until
 
@@ -119,12 +124,12 @@ def test_as_many_candidates_as_wanted_lie_near_the_front_and_none_while_known_po
     model = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=12, fingerprint="0" * 64)
     space = distributions(config, 12)
     params = {name: value for name, value in anchors(config, 12)["late reuse 6"].items() if name in space}
-    key = candidate(params, config, model, "late reuse 6").key
-    trial = optuna.trial.create_trial(params=params, distributions=space, value=0.0, user_attrs={"key": key})
+    known = candidate(params, config, model, "late reuse 6")
+    trial = optuna.trial.create_trial(params=params, distributions=space, value=0.0, user_attrs={"key": known.key})
     study: Any = object.__new__(Study)
-    study.config, study.model, study._known = config, model, {key: trial}
+    study.config, study.model, study._known, study._measuring = config, model, {known.behaviour: trial}, {}
     study._around = Around(config, model)
-    study.tally = SimpleNamespace(front=[Point("trial 0", 0.9, 0.9, 1.0, key)])
+    study.tally = SimpleNamespace(front=[Point("trial 0", 0.9, 0.9, 1.0, known.key)])
     study.study = optuna.create_study(sampler=new_sampler(config, 0))
     around = {one.key for one in neighbours(params, config, model)}
     chosen = []
@@ -137,3 +142,46 @@ def test_as_many_candidates_as_wanted_lie_near_the_front_and_none_while_known_po
     assert 10 <= len(chosen) <= 30 or refine != 0.5
     study.study.enqueue_trial({})
     assert study._near() is None
+
+
+class Slow(InstantPool):
+    """Eight workers that finish one job after the other; every seventh fails where `fails`."""
+
+    size, fails, answered = 8, False, 0
+
+    def wait(self, timeout: float | None = None) -> list[Job]:
+        (job,) = self.run([self._jobs.pop(0)])
+        self.answered += 1
+        if self.fails and self.answered % 7 == 0:
+            job.result, job.error = None, "the lamp went out"
+        return [job]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_measured_on_one_worker_is_not_measured_on_another(tmp_path: Path, fails: bool) -> None:
+    small = ["bands=1", "reuse_every=[4]", "reuse_from=[0.3]", "compute_until=[]", "forecast=false", "operands=[value]"]
+    settings = [f"space.{choice}" for choice in small] + ["search.sampler=random", "search.trials=60"]
+    settings += ["space.max_scale=1.02", "space.guidance_until=[0.5]"]  # nothing is louder: eight do something else
+    config = load_config(None, settings)
+    model = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=12, fingerprint="0" * 64)
+    pool: Any = Slow(config, model, config.prompts.search_images)
+    run = RunDirectory.open(tmp_path / "run", config, resume=False)
+    run.write_text(run.path / "cost_table.json", free(12).model_dump_json())
+    with Display() as display:
+        tracker = Tracker(config, run.path, "test")
+        study = Study(config, run, pool, tracker, display)
+        pool.fails, pool.answered = fails, 0
+        study.search()
+        tracker.close()
+    run.release()
+    trials = study.study.get_trials()
+    assert len(trials) == 60
+    assert {t.state for t in trials} == {TrialState.COMPLETE} | ({TrialState.FAIL} if fails else set())
+    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    first = {study._stored(t).behaviour: t for t in complete if "same_as" not in t.user_attrs}
+    assert len(first) == sum("same_as" not in t.user_attrs for t in complete)  # each was measured once
+    for trial in complete:
+        known = first[study._stored(trial).behaviour]
+        assert trial.user_attrs.get("same_as", trial.number) == known.number
+        assert (trial.values, trial.user_attrs["key"]) == (known.values, known.user_attrs["key"])
+    assert all(t.user_attrs["reason"] == "the lamp went out" for t in trials if t.state == TrialState.FAIL)
