@@ -1,9 +1,8 @@
 """A long search among kills, and what the driver itself takes: python benchmarks/soak.py [--trials 300] [--driver 1000]
 
 The soak: a search of a tiny untrained model in a process of its own, two workers, one of which is killed every 20 s of
-searching;
-the driver with all its processes is killed twice and resumed. At the end every wanted trial has finished, each that had
-finished before a kill is as it was, none was run twice, and MLflow holds each once.
+searching; the driver with all its processes is killed twice and resumed. At the end every wanted trial has finished,
+each that had finished before a kill is as it was, none was run twice, and MLflow holds each once.
 
 The driver: the real study, tracker and SQLite, with a pool that answers at once, as if a picture took no time. Told are
 milliseconds of CPU time per trial, of the whole process, among the last hundred trials, to which the limit applies, and
@@ -181,6 +180,9 @@ class InstantPool:
 
     def put(self, value: Any) -> Any:
         return value
+
+    def expect(self, images: int, seconds: float) -> None:
+        pass
 
     def submit(self, job: Job) -> None:
         self._jobs.append(job)

@@ -282,7 +282,7 @@ class Ray(_Section):
     timeout_s: PositiveFloat | None = Field(
         default=None,
         description="seconds after which a worker is taken to hang, and replaced; when not given, a minute and 20 "
-        "times what the most pictures would have taken",
+        "times what the most pictures would have taken, once a picture's cost is measured",
     )
 
 

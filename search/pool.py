@@ -65,7 +65,7 @@ class Pool:
 
     def __init__(self, config: Config, dtype: str | None = None):
         self.config = config
-        self.limit = config.ray.timeout_s  # seconds of a job; whoever knows how long pictures take may set it
+        self.limit = config.ray.timeout_s  # seconds of a job; None while nobody knows how long pictures take
         try:
             if config.ray.address:
                 ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -153,6 +153,11 @@ class Pool:
         """Share a large value with all workers; pass what comes back as an argument."""
         return ray.put(value)
 
+    def expect(self, images: int, seconds: float) -> None:
+        """What the largest job is to make, and how long each picture takes: whoever takes far longer hangs."""
+        if self.config.ray.timeout_s is None:
+            self.limit = 60 + 20 * images * seconds
+
     def submit(self, job: Job) -> None:
         """Hand `job` to a worker that is free, or to the next that will be."""
         self._waiting.append(job)
@@ -189,7 +194,7 @@ class Pool:
         work = self._work[reference]
         worker, job, pictures = work.worker, work.job, work.pictures
         if late:
-            return self._lost(work, f"took more than {self.limit:.0f} s,")
+            return self._lost(work, f"took more than {self.limit:.3g} s,")
         try:
             result = ray.get(reference) if pictures is None else pictures.measured(work.waited)
         except ray.exceptions.RayTaskError as error:

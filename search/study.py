@@ -348,10 +348,9 @@ class Study:
         return True
 
     def _allow(self) -> None:
-        """How long a worker may be silent, by what the largest job would have taken so far."""
-        spent = self.tally.spent
-        if self.config.ray.timeout_s is None and spent["images"]:
-            self.pool.limit = 60 + 20 * self._largest * spent["worker_seconds"] / spent["images"]
+        """How long a worker may be silent, by what pictures took so far."""
+        if images := self.tally.spent["images"]:
+            self.pool.expect(self._largest, self.tally.spent["worker_seconds"] / images)
 
     def _after(self, closed: FrozenTrial, images: int = 0, seconds: float = 0.0) -> None:
         """A trial has finished, with so many pictures in so many seconds of drawing."""

@@ -33,6 +33,7 @@ class Unmodified:
                 f"space.guidance_until is {list(config.space.guidance_until)}; accepted: [], for this model "
                 "computes no unconditional half that could be left out."
             )
+        pool.expect(len(prompts), self.costs.run_seconds / self.costs.batch)
         if not (run.scores / "unmodified.parquet").exists():
             display.wait("generating with the unmodified model")
             (job,) = pool.run([Job("measure", (plain, "search", None))])

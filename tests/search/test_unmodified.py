@@ -1,13 +1,16 @@
-"""A model without an unconditional half has no guidance that could end earlier."""
+"""The unmodified model: what is refused, and how long is waited, when it is measured."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from blocktune.evaluators import CostTable
 from blocktune.policies import BlockPolicy
 from blocktune.search.candidate import Candidate
-from blocktune.search.config import Config, ConfigError
+from blocktune.search.config import Config, ConfigError, load_config
+from blocktune.search.pool import Job, Pool
+from blocktune.search.prompts import read_prompts
 from blocktune.search.run_directory import RunDirectory
 from blocktune.search.unmodified import Unmodified
 
@@ -26,3 +29,29 @@ def test_refused_as_soon_as_the_model_was_run(tmp_path: Path, tiny_sd3_pipeline:
         ConfigError, match=r"space.guidance_until is \[0.2, 0.25, 0.3, 0.4, 0.6\]; accepted: \[\], for this model"
     ):
         Unmodified(plain, (), Config(), run, nobody, nobody)
+
+
+def test_a_worker_that_hangs_with_the_first_pictures_is_known_to(tmp_path: Path, tiny_sd3_pipeline: Any) -> None:
+    """As soon as the cost table tells how long a picture takes: here 2.5 s."""
+    run = RunDirectory(tmp_path)
+    run.write_text(run.path / "cost_table.json", TABLE.model_dump_json())
+    plain = Candidate(BlockPolicy.for_model(tiny_sd3_pipeline(), "unmodified", []), 4)
+    config = load_config(None, ["space.guidance_until=[]"])
+    prompts = read_prompts(config, "search")
+    pool: Any = object.__new__(Pool)
+    pool.config, pool.limit = config, None
+
+    class Asked(Exception):
+        pass
+
+    def run_jobs(jobs: list[Job]) -> None:
+        raise Asked(jobs[0].method, pool.limit)
+
+    pool.run = run_jobs
+    quiet: Any = SimpleNamespace(wait=lambda told: None)
+    with pytest.raises(Asked) as asked:
+        Unmodified(plain, prompts, config, run, pool, quiet)
+    assert asked.value.args == ("measure", 60 + 20 * len(prompts) * 2.5)
+    pool.config, pool.limit = load_config(None, ["ray.timeout_s=7"]), 7
+    pool.expect(len(prompts), 2.5)
+    assert pool.limit == 7
