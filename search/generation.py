@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from ..evaluators import Prompt
 from ..policies import BlockPolicy, apply_policy
@@ -25,6 +26,8 @@ _ENCODED: dict[str, tuple[str | None, ...]] = {
     "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
     "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
 }
+
+_TEXTS = 32  # encoded at a time: T5 attends over 512 tokens of each, and a whole split would not fit beside a model
 
 Rows: TypeAlias = dict[str, Any]  # arguments of a pipeline's call, a row per prompt
 
@@ -76,6 +79,25 @@ def _guidance(pipe: Any, generation: Generation) -> dict[str, float]:
     return {"true_cfg_scale" if true else "guidance_scale": generation.guidance_scale}
 
 
+def _joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts: texts are padded to the longest, and masked there, as a pipeline does within one call."""
+    joined: Rows = {}
+    for name in parts[0]:
+        rows = [part[name] for part in parts]
+        mask = name.endswith("_mask")
+        if mask:  # of Qwen-Image, which has none where all texts of a call are as long
+            texts = [part[name.removesuffix("_mask")] for part in parts]
+            whole = [torch.ones(text.shape[:2], dtype=torch.long, device=text.device) for text in texts]
+            rows = [ones if row is None else row for row, ones in zip(rows, whole, strict=True)]
+        if rows[0] is None:
+            continue
+        longest = max(row.shape[1] for row in rows)
+        every = torch.cat([pad(row, (0, 0) * (row.ndim - 2) + (0, longest - row.shape[1])) for row in rows])
+        if not (mask and every.all()):
+            joined[name] = every
+    return joined
+
+
 @torch.inference_mode()
 def embed(pipe: Any, texts: Sequence[str], generation: Generation) -> Rows:
     """What the pipeline's call takes for `texts`: their embeddings, made once, or where these are not known the texts.
@@ -89,12 +111,15 @@ def embed(pipe: Any, texts: Sequence[str], generation: Generation) -> Rows:
         return {"prompt": list(texts)} | ({"negative_prompt": [" "] * len(texts)} if true and guided else {})
 
     def encoded(prompts: list[str], side: str) -> Rows:
-        arguments = {
-            "prompt": prompts, "prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": guided,
-            "max_sequence_length": generation.max_sequence_length,
-        }  # fmt: skip
-        returned = pipe.encode_prompt(**_accepted(pipe.encode_prompt, arguments))
-        return {side + name: rows for name, rows in zip(names, returned, strict=True) if name and rows is not None}
+        parts: list[Rows] = []
+        for start in range(0, len(prompts), _TEXTS):
+            arguments = {
+                "prompt": prompts[start : start + _TEXTS], "prompt_2": None, "prompt_3": None,
+                "do_classifier_free_guidance": guided, "max_sequence_length": generation.max_sequence_length,
+            }  # fmt: skip
+            returned = pipe.encode_prompt(**_accepted(pipe.encode_prompt, arguments))
+            parts.append({side + name: rows for name, rows in zip(names, returned, strict=True) if name})
+        return _joined(parts)
 
     rows = encoded(list(texts), "")
     return rows | encoded([" "] * len(texts), "negative_") if true and guided else rows

@@ -52,3 +52,21 @@ def test_a_policy_acts(pipe):
     plain = generate(pipe, PROMPTS, rows, generation)
     assert not np.array_equal(generate(pipe, PROMPTS, rows, generation, policy), plain)
     assert np.array_equal(generate(pipe, PROMPTS, rows, generation), plain)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("at_a_time", [1, 2, 4])
+def test_texts_are_encoded_a_few_at_a_time(pipe, guidance, at_a_time, monkeypatch):
+    """As all at once, whether they are as long as each other or not; a split of prompts would not fit on a GPU."""
+    generation = Generation(guidance_scale=guidance, max_sequence_length=64)
+    for texts in (["a red circle"] * 5, ["a", "two blue squares above a ring", "a", "a", "one red circle and a star"]):
+        monkeypatch.setattr("blocktune.search.generation._TEXTS", 99)
+        whole = embed(pipe, texts, generation)
+        monkeypatch.setattr("blocktune.search.generation._TEXTS", at_a_time)
+        parts = embed(pipe, texts, generation)
+        assert whole.keys() == parts.keys()
+        for name, rows in whole.items():
+            if isinstance(rows, list):
+                assert rows == parts[name] == ([" "] * 5 if "negative" in name else texts)
+            else:
+                torch.testing.assert_close(parts[name], rows, rtol=0, atol=1e-5)
