@@ -19,6 +19,8 @@ COLUMNS = ("block", "effect", "kind", "delta")
 # Class of the transformer, its blocks, the blocks whose text input is scaled, by how much, and where it is from.
 PUBLISHED = (
     ("FluxTransformer2DModel", 57, (2, 7, 12, 17, 22), 1.5, "FLUX [2,7,12,17,22] x1.5"),  # arXiv 2601.02211, README
+    # arXiv 2602.13585: 1, 15, 36, 41 and 48 where the first block is 1
+    ("FluxTransformer2DModel", 57, (0, 14, 35, 40, 47), 1.5, "Diff-Aid [0,14,35,40,47] x1.5"),
 )
 
 

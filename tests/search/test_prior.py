@@ -125,10 +125,12 @@ def test_what_is_no_probe_of_this_model_is_one_sentence(tmp_path: Path) -> None:
 def test_a_published_list_is_tried_where_model_and_space_have_it(model: ModelIdentity) -> None:
     flux = model.model_copy(update={"transformer": "FluxTransformer2DModel", "num_blocks": 57})
     whole = Config(space=Space(bands=57, operands=("input", "value")))
-    ((origin, point),) = published(whole, flux).items()
-    (rule,) = candidate(point, whole, flux, origin).policy.rules
-    assert rule.blocks == (2, 7, 12, 17, 22)
-    assert rule.action == ScaleText(operand="input", scale=1.5)
+    blocks = []
+    for origin, point in published(whole, flux).items():
+        (rule,) = candidate(point, whole, flux, origin).policy.rules
+        assert rule.action == ScaleText(operand="input", scale=1.5)
+        blocks.append(rule.blocks)
+    assert blocks == [(2, 7, 12, 17, 22), (0, 14, 35, 40, 47)]  # TexTailor's, and Diff-Aid's 1, 15, 36, 41, 48
     assert published(Config(space=Space(bands=57)), flux) == {}  # no operand `input`
     assert published(Config(space=Space(bands=4, operands=("input",))), flux) == {}
     part = Space(bands=57, operands=("input",), text_windows=((0.0, 0.5), (0.5, 1.0)))
