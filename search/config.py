@@ -74,6 +74,11 @@ class Constraints(_Section):
     max_latency: PositiveFloat | None = Field(
         default=None, description="predicted latency, a share of the unmodified model's: 0.7 is at least 1.43x as fast"
     )
+    max_cache_gib: PositiveFloat | None = Field(
+        default=None,
+        description="what residuals that are kept for reuse may take on a worker's device, for a batch; candidates "
+        "that reuse then share no beginnings, so that it is measured over whole runs",
+    )
     min_fidelity: dict[str, float] = Field(
         default={}, description="what means of reported evaluators must reach, as `{psnr: 30}`"
     )

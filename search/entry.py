@@ -26,6 +26,7 @@ class Entry:
     generate_seconds: float = 0.0
     score_seconds: float = 0.0
     steps_saved: float = 0.0  # share of the steps of all pictures so far
+    cache_bytes: int = 0  # that residuals took at most, in a batch
 
     def add(self, measured: Measurement) -> None:
         parts = measured.scores.items()
@@ -35,6 +36,7 @@ class Entry:
         self.images += new
         self.generate_seconds += measured.generate_seconds
         self.score_seconds += measured.score_seconds
+        self.cache_bytes = max(self.cache_bytes, measured.cache_bytes)
 
     def not_finite(self) -> str | None:
         """What is wrong with the scores."""
@@ -53,7 +55,9 @@ class Entry:
         """By how much it breaks what more pictures would not mend; `latency` is a share of the unmodified model's."""
         insane = float((self.scores["sane"] < 1).sum() - (before["sane"][: self.images] < 1).sum())
         late = {} if constraints.max_latency is None else {"max_latency": latency - constraints.max_latency}
-        return {"insane_pictures": insane} | late
+        most = constraints.max_cache_gib
+        full = {} if most is None else {"max_cache_gib": self.cache_bytes / 2**30 - most}
+        return {"insane_pictures": insane} | late | full
 
     def excesses(self, constraints: Constraints, before: Scores, latency: float) -> dict[str, float]:
         """By how much it breaks each constraint; at or below zero it keeps it."""

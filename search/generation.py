@@ -138,13 +138,15 @@ def generate(
     policy: BlockPolicy | None = None,
     prefixes: Prefixes | None = None,
     seen: Callable[[int, np.ndarray], None] | None = None,
+    kept: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Pictures of `prompts`, whose `rows` `embed` made, each from its own seed: uint8 `(n, height, width, 3)`.
 
     Noise is drawn on the CPU per picture, so a picture does not depend on the device or on its neighbours but for
     rounding. With `prefixes`, steps that earlier runs of this pipeline took alike are not computed again. `seen` is
-    called with each batch as soon as it is made, and where it begins. Raises BrokenPicture for pixels that are not
-    finite.
+    called with each batch as soon as it is made, and where it begins; `kept` with the bytes that residuals took at most
+    in the run of a batch, which is a part of one where `prefixes` know its beginning. Raises BrokenPicture for pixels
+    that are not finite.
     """
     parts = []
     for start in range(0, len(prompts), generation.batch):
@@ -157,8 +159,10 @@ def generate(
         arguments |= some(rows, part) | _guidance(pipe, generation)
         applied = apply_policy(pipe, policy) if policy is not None and policy.acts else nullcontext()
         run = repr((generation, prompts[part]))
-        with applied, prefixes.shared(pipe, policy, run) if prefixes else nullcontext():
+        with applied as acting, prefixes.shared(pipe, policy, run) if prefixes else nullcontext():
             pixels = pipe(**_accepted(pipe.__call__, arguments)).images
+        if kept and acting:
+            kept(acting.report.cache_bytes)
         if not torch.isfinite(pixels).all():
             raise BrokenPicture("the pipeline returned pixels that are NaN or infinite")
         parts.append((pixels.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu().numpy())

@@ -24,6 +24,7 @@ class Measurement:
     score_seconds: float  # not those that passed while pictures were made
     steps_saved: float  # share of the denoising steps that were known from earlier candidates
     distances: Mapping[str, float] = field(default_factory=dict)  # of all of them to the unmodified model's
+    cache_bytes: int = 0  # that residuals took at most, in a batch; measured where there is a constraint on them
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Pictures:
     steps_saved: float
     scores: Sequence[Any]
     distances: Any = None
+    cache_bytes: int = 0
 
     @property
     def last(self) -> Any:
@@ -46,7 +48,9 @@ class Pictures:
         parts = ray.get(list(self.scores))
         scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         distances: Any = {} if self.distances is None else ray.get(self.distances)
-        return Measurement(scores, self.images, self.generate_seconds, score_seconds, self.steps_saved, distances)
+        return Measurement(
+            scores, self.images, self.generate_seconds, score_seconds, self.steps_saved, distances, self.cache_bytes
+        )
 
 
 def score(

@@ -333,6 +333,8 @@ class Study:
             "score_seconds": entry.score_seconds,
             "steps_saved": entry.steps_saved,
         }
+        if self.config.constraints.max_cache_gib is not None:
+            metrics["cache_gib"] = entry.cache_bytes / 2**30
         self.run.write_scores(f"trial-{trial.number:04d}", self.prompts[:seen], entry.scores)
         broken = entry.excesses(*against)
         for name, excess in broken.items():

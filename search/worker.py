@@ -13,6 +13,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..evaluators import CostTable, Latency, Prompt, measure_cost_table, time_pipeline, time_runs
+from ..policies import Reuse
 from ..policies.policy import ModelIdentity
 from .candidate import Candidate
 from .config import Config, Generation
@@ -136,18 +137,23 @@ class Worker:
         begin = time.perf_counter()
         each = send if self._scorer else None
 
+        reuses = any(isinstance(rule.action, Reuse) for rule in chosen.policy.rules)
+        limited = reuses and self.config.constraints.max_cache_gib is not None
+        kept = [0]
+
         def made() -> np.ndarray:
             generation = self.generation.model_copy(update=sampling)
-            sharing = prefixes if self.config.ray.prefix_gib else None
-            return generate(self.pipe, prompts, rows, generation, chosen.policy, sharing, each)
+            sharing = None if limited or not self.config.ray.prefix_gib else prefixes
+            del kept[1:]  # anew, where half the batch is tried
+            return generate(self.pipe, prompts, rows, generation, chosen.policy, sharing, each, kept.append)
 
         images = self._fitting(made)
         end = time.perf_counter()
         saved = (prefixes.given - given) / (prefixes.steps - taken) if prefixes.steps > taken else 0.0
         if self._scorer:
-            return Pictures(images, end - begin, saved, pending)
+            return Pictures(images, end - begin, saved, pending, cache_bytes=max(kept))
         scores = score(self.config.objectives, images, texts, images if reference is None else reference[part])
-        return Measurement(scores, images, end - begin, time.perf_counter() - end, saved)
+        return Measurement(scores, images, end - begin, time.perf_counter() - end, saved, cache_bytes=max(kept))
 
     def confirm(self, chosen: Candidate, reference: np.ndarray) -> Measurement | Pictures:
         """All held-out pictures of a candidate, with their distances to `reference`, as a set."""

@@ -39,6 +39,8 @@ def test_constraints_are_broken_by_what_is_above_zero() -> None:
     )
     assert made.certain(wanted, BEFORE, 0.6) == pytest.approx({"insane_pictures": 1.0, "max_latency": -0.1})
     assert made.excesses(Constraints(), BEFORE, 9.0) == {"insane_pictures": 1.0}
+    made.cache_bytes = 3 * 2**29
+    assert made.certain(Constraints(max_cache_gib=1.0), BEFORE, 0.6) == {"insane_pictures": 1.0, "max_cache_gib": 0.5}
 
 
 def test_scores_that_are_not_finite_are_named() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from blocktune.policies import BlockPolicy
+from blocktune.policies import BlockPolicy, Reuse, Rule, predict_cache_bytes
 from blocktune.policies.policy import ModelIdentity
 from blocktune.search.candidate import Candidate
 from blocktune.search.config import load_config
@@ -85,3 +85,26 @@ def test_another_guidance_is_drawn_and_shares_no_step_with_the_model_s_own(worke
     assert np.array_equal(generate(worker.pipe, prompts, rows, generation), unlike.images)
     changed = worker.measure(other, "search", None, changed={"guidance_scale": worker.config.generation.guidance_scale})
     assert np.array_equal(changed.images, first.images)  # a setting that is asked for goes before the candidate's
+
+
+def test_what_residuals_take_is_measured_over_whole_runs_where_it_is_limited(worker: Worker) -> None:
+    """Though the beginning is known from another candidate, as it is otherwise."""
+    model = ModelIdentity.of(worker.pipe)
+    late = Rule(blocks=tuple(range(model.num_blocks)), window=(0.5, 1.0), action=Reuse(every=2))
+    plain, reusing = (Candidate(BlockPolicy(name="x", model=model, rules=rules), 4) for rules in ((), (late,)))
+    worker.measure(plain, "search", None)
+    unlimited = worker.measure(reusing, "search", None)
+    assert unlimited.steps_saved > 0
+    constraints = worker.config.constraints.model_copy(update={"max_cache_gib": 1.0})
+    worker.config = worker.config.model_copy(update={"constraints": constraints})
+    limited = [worker.measure(chosen, "search", None) for chosen in (plain, reusing)]
+    assert [found.steps_saved for found in limited] == [1, 0]
+    assert np.array_equal(limited[1].images, unlimited.images)
+    rows = worker._split("search", worker.generation)[1]
+    size = worker.pipe.default_sample_size // worker.pipe.transformer.config.patch_size
+    predicted = predict_cache_bytes(
+        worker.pipe, reusing.policy, num_steps=4, image_tokens=size**2, text_tokens=rows["prompt_embeds"].shape[1],
+        pictures=3, guided=worker.generation.guidance_scale > 1,
+    )  # fmt: skip
+    assert [found.cache_bytes for found in limited] == [0, predicted]
+    assert predicted > 0
