@@ -74,7 +74,8 @@ class RunFiles:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"])) or "it"
-            raise Unreadable(f"config.yaml is of no search: {field}: {first['msg'].lower()}.") from None
+            told = first["msg"][0].lower() + first["msg"][1:]  # the rest may quote a pattern
+            raise Unreadable(f"config.yaml is of no search: {field}: {told}.") from None
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise Unreadable(f"config.yaml cannot be read: {' '.join(str(error).split())[:200]}.") from None
 

@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Model(_Section):
@@ -91,7 +91,8 @@ def _nonempty(window: tuple[float, float]) -> tuple[float, float]:
     return window
 
 
-Window: TypeAlias = Annotated[tuple[float, float], AfterValidator(_nonempty)]  # [start, end) of the run, in fractions
+_End: TypeAlias = Annotated[float, Field(allow_inf_nan=True)]  # NaN is no end either, as `_nonempty` tells
+Window: TypeAlias = Annotated[tuple[_End, _End], AfterValidator(_nonempty)]  # [start, end) of the run, in fractions
 
 
 class Space(_Section):
@@ -101,11 +102,11 @@ class Space(_Section):
         description="groups of neighbouring blocks that act alike; the number of blocks for each alone; each adds two "
         "choices, and some hundred trials tell little about more than 64 bands",
     )
-    reuse_every: tuple[int, ...] = Field(
+    reuse_every: tuple[Annotated[int, Field(gt=1)], ...] = Field(
         default=(2, 3, 4, 6), description="choices of a band's reuse; computing is always one"
     )
-    reuse_from: tuple[float, ...] = Field(
-        default=(0.2, 0.25, 0.3, 0.4, 0.5), description="where reuse may begin, a fraction of the run"
+    reuse_from: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        default=(0.2, 0.25, 0.3, 0.4, 0.5), min_length=1, description="where reuse may begin, a fraction of the run"
     )
     compute_until: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         default=(0.45, 0.65, 0.8),
@@ -117,7 +118,9 @@ class Space(_Section):
         description="also try to add what the last two residuals forecast, where a block reuses and guidance has ended",
     )
     operands: tuple[Literal["input", "key", "value", "logit"], ...] = Field(
-        default=("key", "value", "logit"), description="where text may be scaled; not to scale it is always a choice"
+        default=("key", "value", "logit"),
+        min_length=1,
+        description="where text may be scaled; not to scale it is always a choice",
     )
     max_scale: float = Field(default=1.8, gt=1, description="text is scaled by 1 to this, on a log axis")
     text_windows: tuple[Window, ...] = Field(
@@ -152,9 +155,15 @@ Effect: TypeAlias = Literal[
 
 
 class Probe(_Section):
-    images: PositiveInt = Field(default=96, description="the first so many of the search prompts, and of the held-out")
+    images: PositiveInt = Field(
+        default=96,
+        description="the first so many of the search prompts, and of the held-out; no more than prompts.search_images "
+        "and prompts.confirm_images give",
+    )
     effects: tuple[Effect, ...] = Field(
-        default=get_args(Effect), description="what is done to each block; `disable` is the paper's, for later ones too"
+        default=get_args(Effect),
+        min_length=1,
+        description="what is done to each block; `disable` is the paper's, for later ones too",
     )
     windows: tuple[Window, ...] = Field(
         default=((0.0, 1.0),), min_length=1, description="parts of the run, as [start, end] in fractions"
@@ -191,7 +200,7 @@ class Search(_Section):
         description="share of the candidates that are a member of the front with one choice changed by one notch; the "
         "sampler proposes the others",
     )
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)  # numpy's end at 2**32, and that of a resume is a little larger
     racing: bool = Field(
         default=True,
         description="a candidate starts on few pictures and gets more while it may still add to the front; false: all "
@@ -204,7 +213,9 @@ class Search(_Section):
     )
     first_images: PositiveInt = Field(default=12, description="pictures that a candidate starts on in the race")
     storage: str | None = Field(
-        default=None, description="any Optuna storage URL; SQLite in the run directory when not given"
+        default=None,
+        description="the URL of a database that SQLAlchemy knows, as `postgresql://user@host/optuna`; SQLite in the "
+        "run directory when not given",
     )
 
 
@@ -213,6 +224,13 @@ class Transfer(_Section):
     guidance_scale: float | None = None
     height: PositiveInt | None = None
     width: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _sets_something(self) -> Self:
+        if not self.model_dump(exclude_none=True):
+            fields = ", ".join(type(self).model_fields)
+            raise PydanticCustomError("transfer", "it must set some of {fields}", {"fields": fields})
+        return self
 
 
 class Confirm(_Section):
@@ -269,7 +287,7 @@ class Ray(_Section):
     cpus_per_worker: PositiveInt = Field(
         default=1, description="threads that share a picture wait for each other, and on a busy machine for others too"
     )
-    gpus_per_worker: float | None = Field(
+    gpus_per_worker: NonNegativeFloat | None = Field(
         default=None, description="1 where the cluster has GPUs when not given, less `evaluator_gpus`"
     )
     evaluator_gpus: float | None = Field(
@@ -382,4 +400,5 @@ def parsed(model: type[M], data: Any, where: str = "") -> M:
         field = ".".join(filter(None, [where, *map(str, first["loc"])]))
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{field} is not a field of the config; see blocktune schema --config.") from None
-        raise ConfigError(f"{field} is {first['input']!r}: {first['msg'].lower()}.") from None
+        told = first["msg"][0].lower() + first["msg"][1:]  # the rest may quote a pattern
+        raise ConfigError(f"{field} is {first['input']!r}: {told}.") from None

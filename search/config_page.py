@@ -5,6 +5,8 @@ from typing import Any
 
 from .config import Config
 
+_BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
 
 def page() -> str:
     """`docs/config.md`: every field with what it accepts, its default and its meaning."""
@@ -39,14 +41,11 @@ def _accepted(told: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in told["enum"])
     if told["type"] == "array":
         items = told.get("items") or {"type": "value"}
-        return f"list of: {_accepted(items)}"
+        return f"list of{' at least one' if told.get('minItems') == 1 else ''}: {_accepted(items)}"
     kind: str = told["type"]
     word = {"integer": "whole number", "null": "nothing", "object": "mapping"}.get(kind, kind)
-    if "exclusiveMinimum" in told:
-        word += f" above {told['exclusiveMinimum']:g}"
-    if "exclusiveMaximum" in told:
-        word += f"{' and' if 'exclusiveMinimum' in told else ''} below {told['exclusiveMaximum']:g}"
-    return word
+    bounds = [f"{said} {told[bound]:.10g}" for bound, said in _BOUNDS.items() if bound in told]
+    return " ".join([word, " and ".join(bounds)]).strip()
 
 
 if __name__ == "__main__":

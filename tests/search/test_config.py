@@ -67,6 +67,17 @@ def test_a_search_is_guided_or_not() -> None:
             "space.guidance_scale=[3, 1]",
             "space.guidance_scale has 1; accepted: above 1, as generation.guidance_scale is 6: a search",
         ),
+        ("name=a/B", "name is 'a/B': string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'."),
+        ("space.operands=[]", "space.operands is []: tuple should have at least 1 item"),
+        ("space.reuse_from=[]", "space.reuse_from is []: tuple should have at least 1 item"),
+        ("space.reuse_from=[0.2, 1.5]", "space.reuse_from.1 is 1.5: input should be less than 1"),
+        ("space.reuse_from=[-0.1]", "space.reuse_from.0 is -0.1: input should be greater than or equal to 0"),
+        ("space.reuse_every=[2, 1]", "space.reuse_every.1 is 1: input should be greater than 1"),
+        ("space.reuse_every=[0, -3]", "space.reuse_every.0 is 0: input should be greater than 1"),
+        ("probe.effects=[]", "probe.effects is []: tuple should have at least 1 item"),
+        ("confirm.transfer=[{height: 32}, {}]", "confirm.transfer.1 is {}: it must set some of num_inference_steps, "),
+        ("ray.gpus_per_worker=-1", "ray.gpus_per_worker is -1: input should be greater than or equal to 0"),
+        ("search.seed=-1", "search.seed is -1: input should be greater than or equal to 0"),
     ],
 )
 def test_a_mistake_names_field_and_value(tmp_path: Path, override: str, told: str) -> None:
@@ -76,6 +87,24 @@ def test_a_mistake_names_field_and_value(tmp_path: Path, override: str, told: st
         load_config(file, [override])
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+FLOATS = (
+    "generation.guidance_scale", "constraints.max_latency", "space.max_scale", "probe.scale", "search.max_minutes",
+    "search.refine", "confirm.margin", "ray.gpus_per_worker", "ray.prefix_gib", "ray.timeout_s",
+)  # fmt: skip
+WITHIN = {
+    "constraints.min_fidelity={{psnr: {}}}": "constraints.min_fidelity.psnr", "space.guidance_scale=[7, {}]":
+    "space.guidance_scale.1", "confirm.transfer=[{{guidance_scale: {}}}]": "confirm.transfer.0.guidance_scale",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize(("override", "field"), [*((f"{name}={{}}", name) for name in FLOATS), *WITHIN.items()])
+def test_no_number_is_nan_or_infinite(override: str, field: str, value: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override.format(value)])
+    assert str(error.value) == f"{field} is {value.replace('.', '')}: input should be a finite number."
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "just words\n"])
