@@ -22,14 +22,15 @@ from .progress import Display
 from .prompts import check_spread, read_prompts
 from .report import draw_comparison, draw_front, side_by_side, write_report
 from .run_directory import RunDirectory
-from .storage import feasible, point_of
+from .storage import check_storage, feasible, point_of
 from .study import Study, check_objectives
 from .tracking import Tracker
 
 
 def check(config: Config) -> None:
-    """Raise what is wrong with evaluators and prompts before anything is started or written."""
+    """Raise what is wrong with evaluators, prompts and storage before anything is started or written."""
     check_objectives(config)
+    check_storage(config)
     if config.confirm.cmmd:
         check_clip(config.confirm.cmmd)
     if config.confirm.fid:

@@ -11,6 +11,8 @@ from optuna.storages._rdb.models import TrialParamModel, TrialSystemAttributeMod
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, insert
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from .config import Config, ConfigError
 from .front import Point, name_of
@@ -23,9 +25,25 @@ def study_url(run: RunDirectory, config: Config) -> str:
     return config.search.storage or f"sqlite:///{run.path.absolute() / 'study.db'}"
 
 
+def check_storage(config: Config) -> None:
+    """Raise what is wrong with the URL of the storage, which is not connected to."""
+    url = config.search.storage
+    try:
+        if url is not None:
+            make_url(url).get_dialect().import_dbapi()
+    except (SQLAlchemyError, ImportError) as error:
+        accepted = "the URL of a database whose driver is installed, as sqlite:////shared/study.db"
+        raise ConfigError(f"search.storage is {url!r} ({error}); accepted: {accepted}.") from None
+
+
 def open_storage(url: str) -> optuna.storages.RDBStorage:
+    """ConfigError for a database that cannot be opened."""
     sqlite = url.startswith("sqlite")
-    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 30}} if sqlite else {})
+    try:
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 30}} if sqlite else {})
+    except SQLAlchemyError as error:
+        cause = " ".join(str(getattr(error, "orig", None) or error).split())
+        raise ConfigError(f"search.storage: {url} cannot be opened: {cause}.") from None
     if sqlite:
         storage.engine.dispose()  # connections made from now on
         # a journal that is emptied and not deleted: as safe, on any file system, at two thirds of the work

@@ -1,11 +1,12 @@
 """A search's storage against the database it writes: whatever is asked and told, who reads that finds the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 import pytest
-from blocktune.search.config import ConfigError
-from blocktune.search.storage import STUDY, Storage, open_storage
+from blocktune.search.config import Config, ConfigError, load_config
+from blocktune.search.storage import STUDY, Storage, check_storage, open_storage
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from optuna.study import StudyDirection
@@ -88,3 +89,35 @@ def test_another_that_writes_the_study_is_noticed(tmp_path: Path) -> None:
     second.tell(ask(second), [0.1, 0.2, 0.3])
     with pytest.raises(ConfigError, match="another search writes the study in sqlite:"):
         first.tell(ask(first), [0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("foo://x", "Can't load plugin: sqlalchemy.dialects:foo"),
+        ("sqlite+nope:///study.db", "Can't load plugin: sqlalchemy.dialects:sqlite.nope"),
+        ("study.db", "Could not parse SQLAlchemy URL from given URL string"),
+        ("mssql+pymssql://host/studies", "No module named 'pymssql'"),
+    ],
+)
+def test_a_storage_that_no_driver_opens_is_told_before_anything_starts(
+    url: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for more in (["--dry-run"], []):
+        told = mistake("search", *more, "--set", f"search.storage={url}")
+        assert told.startswith(f"blocktune: search.storage is {url!r} ({why}); accepted: the URL of a database whose")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_storage_is_not_opened_to_check_it(tmp_path: Path) -> None:
+    check_storage(Config())
+    check_storage(load_config(None, [f"search.storage=sqlite:///{tmp_path / 'study.db'}"]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_database_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("no database" * 999)
+    for place, why in (("nowhere/study.db", "unable to open database file"), ("words", "file is not a database")):
+        with pytest.raises(ConfigError, match=rf"^search\.storage: sqlite:///.*{place} cannot be opened: {why}\.$"):
+            Storage(f"sqlite:///{tmp_path / place}")
