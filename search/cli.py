@@ -15,6 +15,7 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
 )  # fmt: skip
 RunArgument = Annotated[Path, typer.Argument(help="a run directory")]
+SearchArgument = Annotated[Path, typer.Argument(help="the run directory of a search, which a probe's is not")]
 DEFAULT_RUN = Path("runs/reference")
 
 
@@ -86,11 +87,14 @@ def _estimate(config, run, cost_table: Path | None) -> None:
 
 
 @app.command()
-def confirm(run: RunArgument = DEFAULT_RUN) -> None:
+def confirm(run: SearchArgument = DEFAULT_RUN) -> None:
     """Measure the front of a finished or stopped search on held-out prompts again."""
-    from .run_directory import RunDirectory
+    from .config import ConfigError
 
-    _search(RunDirectory.existing(run).load_config(), run, resume=True, confirm_only=True)
+    trials, config, _ = _trials(run)
+    if not any(trial.state.name == "COMPLETE" for trial in trials):
+        raise ConfigError(f"{run} has no complete trial yet; go on with blocktune search --resume --out {run}.")
+    _search(config, run, resume=True, confirm_only=True)
 
 
 def _search(config, path: Path, resume: bool, confirm_only: bool) -> None:
@@ -152,7 +156,7 @@ def _tell(run) -> None:
 
 
 @app.command()
-def status(run: RunArgument = DEFAULT_RUN) -> None:
+def status(run: SearchArgument = DEFAULT_RUN) -> None:
     """How far a search is."""
     from optuna.trial import TrialState
 
@@ -185,17 +189,21 @@ def _trials(path: Path):
     from .run_directory import RunDirectory
     from .storage import STUDY, open_storage, study_url
 
-    run = RunDirectory.existing(path)
+    run = RunDirectory.of_search(path)
     config = run.load_config()
+    nothing = ConfigError(f"{path} has no study yet; its search stopped before the first trial.")
     if config.search.storage is None and not (path / "study.db").exists():
-        raise ConfigError(f"{path} has no study yet; its search stopped before the first trial.")
-    study = optuna.load_study(study_name=STUDY, storage=open_storage(study_url(run, config)))
+        raise nothing
+    try:
+        study = optuna.load_study(study_name=STUDY, storage=open_storage(study_url(run, config)))
+    except KeyError:
+        raise nothing from None
     return study.get_trials(deepcopy=False), config, run
 
 
 @app.command()
 def front(
-    run: RunArgument = DEFAULT_RUN,
+    run: SearchArgument = DEFAULT_RUN,
     format_: Annotated[str, typer.Option("--format", help="table, json or csv")] = "table",
 ) -> None:
     """The non-dominated trials of a search, fastest first, as seen on the search prompts."""
@@ -230,7 +238,7 @@ def front(
 
 @app.command()
 def export(
-    run: RunArgument = DEFAULT_RUN,
+    run: SearchArgument = DEFAULT_RUN,
     pick: Annotated[
         str, typer.Option(help="quality, balanced, fast, or a confirmed candidate as trial-7 or late-reuse-4")
     ] = "balanced",
@@ -241,11 +249,15 @@ def export(
     from .config import ConfigError
     from .run_directory import RunDirectory
 
-    source = RunDirectory.existing(run).policies / f"{pick}.json"
-    if not source.exists():
-        there = ", ".join(sorted(p.stem for p in source.parent.glob("*.json"))) or "none: nothing held"
-        raise ConfigError(f"--pick is {pick!r}; accepted: {there}.")
-    BlockPolicy.load(source).save(output)
+    policies = RunDirectory.of_search(run).policies
+    there = sorted(path.stem for path in policies.glob("*.json"))
+    if pick not in there:
+        raise ConfigError(f"--pick is {pick!r}; accepted: {', '.join(there) or 'none: nothing held'}.")
+    policy = BlockPolicy.load(policies / f"{pick}.json")
+    try:
+        policy.save(output)
+    except OSError as error:
+        raise ConfigError(f"--output is {output}, which cannot be written: {error.strerror}.") from None
     typer.echo(output)
 
 

@@ -78,6 +78,15 @@ class RunDirectory:
             raise ConfigError(f"{path} holds no run; accepted: the folder that a search wrote, as runs/reference.")
         return cls(path)
 
+    @classmethod
+    def of_search(cls, path: Path) -> "RunDirectory":
+        """An existing one that a search wrote; ConfigError for that of a probe, whose state names no search."""
+        run = cls.existing(path)
+        state = run.read_state()
+        if state and not {"search", "mlflow_run_id"} & state.keys():
+            raise ConfigError(f"{path} holds a probe; accepted: the folder that a search wrote, as runs/reference.")
+        return run
+
     def load_config(self) -> Config:
         """ConfigError for one with fields that this version does not know."""
         try:

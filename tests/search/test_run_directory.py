@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
-from blocktune.search.config import Config, ConfigError
+from blocktune.policies import BlockPolicy, Reuse, Rule
+from blocktune.reference.pipeline import new_transformer
+from blocktune.search.config import Config, ConfigError, Search
 from blocktune.search.run_directory import RunDirectory
+from blocktune.search.storage import STUDY, open_storage
 
 from .conftest import HANG, until
 
@@ -66,6 +70,68 @@ def test_a_full_disk_is_one_sentence(new_world: Callable[..., Any], small_disk: 
     assert "--resume" in last
     filler.unlink()
     assert yaml.safe_load((small_disk / "run" / "config.yaml").read_text())["name"] == "tiny"
+
+
+@pytest.fixture
+def probe_folder(tmp_path: Path) -> Path:
+    """What a probe leaves that was stopped at its first picture, or has ended."""
+    run = RunDirectory.open(tmp_path / "probe", Config(), resume=False)
+    run.write_json(run.state, {"dtype": "float32", "device": "x86_64 CPU, 1 threads", "versions": {}})
+    run.release()
+    return run.path
+
+
+@pytest.mark.parametrize("command", ["confirm", "status", "front", "export"])
+def test_the_folder_of_a_probe_is_no_searchs(command: str, probe_folder: Path, mistake: Callable[..., str]) -> None:
+    before = sorted(probe_folder.rglob("*"))
+    told = mistake(command, str(probe_folder))
+    assert told == (
+        f"blocktune: {probe_folder} holds a probe; accepted: the folder that a search wrote, as runs/reference.\n"
+    )
+    assert sorted(probe_folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("state", [{}, {"search": "1f"}, {"dtype": "float32", "mlflow_run_id": "1f"}])
+def test_a_search_is_one_from_its_first_moment_on_whether_probed_before_or_not(
+    state: dict[str, Any], probe_folder: Path
+) -> None:
+    probe = RunDirectory(probe_folder)
+    probe.write_json(probe.state, state and probe.read_state() | state)
+    assert RunDirectory.of_search(probe_folder).path == probe_folder
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("command", ["confirm", "status", "front"])
+def test_a_search_without_a_trial_is_told_at_once(
+    stored: bool, command: str, tmp_path: Path, mistake: Callable[..., str]
+) -> None:
+    storage = {"storage": f"sqlite:///{tmp_path / 'studies.db'}"} if stored else {}
+    run = RunDirectory.open(tmp_path / "run", Config(search=Search(**storage)), resume=False)
+    run.release()
+    assert "run has no study yet; its search stopped before the first trial." in mistake(command, str(run.path))
+    if command == "confirm":
+        directions = ["maximize", "maximize", "minimize"]
+        url = storage.get("storage", f"sqlite:///{run.path / 'study.db'}")
+        optuna.create_study(study_name=STUDY, storage=open_storage(url), directions=directions).ask()
+        told = mistake("confirm", str(run.path))
+        assert told.endswith(f"has no complete trial yet; go on with blocktune search --resume --out {run.path}.\n")
+
+
+def test_export_names_the_picks_and_the_place(tmp_path: Path, mistake: Callable[..., str]) -> None:
+    run = RunDirectory.open(tmp_path / "run", Config(), resume=False)
+    run.release()
+    for pick in ("balanced", "../run"):
+        assert f"--pick is {pick!r}; accepted: none: nothing held." in mistake("export", str(run.path), "--pick", pick)
+    policy = BlockPolicy.for_model(new_transformer(), "late", [Rule(blocks=[1], action=Reuse())])
+    for name in ("balanced", "late-reuse-4"):
+        policy.save(run.policies / f"{name}.json")
+    policy.save(tmp_path / "outside.json")
+    for pick in ("none", "../../outside", "../policies/balanced", ""):
+        told = mistake("export", str(run.path), "--pick", pick)
+        assert f"--pick is {pick!r}; accepted: balanced, late-reuse-4." in told
+    place = tmp_path / "missing" / "policy.json"
+    told = mistake("export", str(run.path), "-o", str(place))
+    assert f"--output is {place}, which cannot be written: No such file or directory." in told
 
 
 def test_a_run_of_another_version_is_one_sentence(tmp_path: Path) -> None:
