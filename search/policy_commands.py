@@ -52,6 +52,23 @@ def _prepare(policy, model: str, steps: int | None, guidance: float | None):
     return load(model, device, getattr(torch, dtype)), under, unmodified
 
 
+def _check_picture(output: Path) -> None:
+    """ConfigError where no picture can be written to `output`, told before one is drawn."""
+    from PIL import Image
+
+    from .config import ConfigError
+
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(f"--output is {output}; accepted: a file name with the ending of pictures, as .png or .jpg.")
+    there = output.exists()
+    try:
+        output.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"--output is {output}, which cannot be written: {error.strerror}.") from None
+    if not there:
+        output.unlink()
+
+
 def generate(
     prompt: Annotated[str, typer.Option(help="what to draw")],
     policy: Annotated[
@@ -80,6 +97,7 @@ def generate(
 
     if not prompt.strip():
         raise ConfigError("--prompt is empty; accepted: a sentence.")
+    _check_picture(output)
     judge = get(by) if by else None
     if (best_of > 1) != (judge is not None) or (judge and judge.needs_reference):
         told = f"--best-of is {best_of} and --by is {by!r}"

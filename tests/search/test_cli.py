@@ -22,6 +22,22 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "confirm of nothing": (["confirm", "nowhere"], "nowhere holds no run"),
     "export of nothing": (["export", "nowhere"], "nowhere holds no run"),
     "empty prompt": (["generate", "--prompt", " "], "--prompt is empty"),
+    "picture in no folder": (
+        ["generate", "--prompt", "a ring", "-o", "none/g.png"],
+        "--output is none/g.png, which cannot be written: No such file or directory.",
+    ),
+    "picture for a folder": (
+        ["generate", "--prompt", "a ring", "-o", "."],
+        "--output is .; accepted: a file name with the ending of pictures, as .png or .jpg.",
+    ),
+    "picture of no kind": (
+        ["generate", "--prompt", "a ring", "--model", "none", "-o", "g.txt"],
+        "--output is g.txt; accepted: a file name with the ending of pictures",
+    ),
+    "picture that waits": (
+        ["generate", "--prompt", "a ring", "--policy", "none.json", "-o", "g.png"],
+        "none.json",
+    ),
     "no policy": (["generate", "--prompt", "a ring", "--policy", "none.json"], "none.json"),
     "evaluate nothing": (["evaluate", "none.json"], "none.json"),
     "verify nothing": (["verify", "none.json"], "none.json"),
