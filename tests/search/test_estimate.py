@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "reference" / "cost_table.json"
+BATCH = read_cost_table(TABLE).batch  # as last measured
+OF_TABLE = [f"generation.batch={BATCH}", f"prompts.search_images={BATCH}"]
 
 
 def test_a_dry_run_starts_and_writes_nothing(
@@ -31,19 +33,19 @@ def test_hours_are_those_of_the_cost_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocktune: Callable[..., tuple[int, str, str]]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    same = ["--set", "generation.batch=96"]
+    same = [part for override in OF_TABLE for part in ("--set", override)]
     code, out, _ = blocktune("search", "--dry-run", "--cost-table", str(TABLE), *same)
     assert code == 0
-    table, config = read_cost_table(TABLE), load_config(None, ["generation.batch=96"])
+    table, config = read_cost_table(TABLE), load_config(None, OF_TABLE)
     told = estimate(config, RunDirectory(tmp_path), table)
-    assert told.seconds == pytest.approx(sum(told.pictures.values()) * table.run_seconds / 96)
+    assert told.seconds == pytest.approx(sum(told.pictures.values()) * table.run_seconds / BATCH)
     assert f"at most {told.seconds / 3600:.2f} hours of one {table.device}" in out
 
 
 def test_more_steps_take_longer(tmp_path: Path) -> None:
     table, run = read_cost_table(TABLE), RunDirectory(tmp_path)
     few, many = (
-        estimate(load_config(None, ["generation.batch=96", f"generation.num_inference_steps={steps}"]), run, table)
+        estimate(load_config(None, [*OF_TABLE, f"generation.num_inference_steps={steps}"]), run, table)
         for steps in (20, 40)
     )
     assert few.seconds is not None
@@ -54,7 +56,7 @@ def test_more_steps_take_longer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--cost-table", str(TABLE)], "the cost table has batch 96; accepted: 24"),
+        (["--cost-table", str(TABLE)], f"the cost table has batch {BATCH}; accepted: 24"),
         (["--cost-table", str(TABLE), "--set", "generation.height=64"], "the cost table has height 48; accepted: 64"),
         (["--cost-table", "none.json"], "--cost-table is 'none.json', which cannot be read: No such file"),
         (["--cost-table", "words.json"], "--cost-table is 'words.json', which cannot be read: Expecting value"),
