@@ -76,13 +76,16 @@ def search(
 
 
 def _estimate(config, run, cost_table: Path | None) -> None:
-    from .estimate import estimate, read_cost_table
+    from .estimate import check_model, estimate, read_cost_table
     from .launch import check
 
     check(config)
+    table = read_cost_table(cost_table) if cost_table else None
+    if table:
+        check_model(table, config)
     size = f"{config.generation.num_inference_steps} steps, batches of {config.generation.batch}"
     typer.echo(f"{config.name:<12} {config.model.path}, {size}; nothing is started")
-    for line in estimate(config, run, read_cost_table(cost_table) if cost_table else None).lines:
+    for line in estimate(config, run, table).lines:
         typer.echo(line)
 
 
@@ -109,15 +112,20 @@ def _search(config, path: Path, resume: bool, confirm_only: bool) -> None:
 @app.command()
 def probe(
     config: Annotated[Path | None, typer.Argument(help="YAML file; without it the reference model is probed")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. probe.images=192")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. probe.images=48")] = None,
     out: Annotated[Path | None, typer.Option(help="run directory; runs/<name> when not given")] = None,
 ) -> None:
     """Measure what each block does: removed, reused, deaf to the text, or hearing it louder."""
     from .config import load_config
     from .probe import launch_probe
     from .probe_report import draw, summary
+    from .prompts import read_prompts
 
     settings = load_config(config, set_ or [])
+    there, split = min((len(read_prompts(settings, split)), split) for split in ("search", "confirm"))
+    if there < settings.probe.images:
+        told = f"probe.images is {settings.probe.images}, but {there} are probed: prompts.{split} gives no more"
+        typer.echo(f"{told}, as prompts.{split}_images is {getattr(settings.prompts, f'{split}_images')}", err=True)
     path = out or Path("runs") / settings.name
     run = _guarded(path, f"blocktune probe --out {path}", lambda: launch_probe(settings, path))
     typer.echo(summary(run))

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..evaluators import CostTable, get, minimum_detectable_difference, scale_of
 from .config import Config, ConfigError, parsed
-from .prompts import read_prompts
+from .prompts import fewer_than_asked, read_prompts
 from .run_directory import RunDirectory
 from .scoring import judge_of
 from .space import anchors, distributions, guidance_ends_of, steps_of
@@ -22,6 +23,13 @@ TABLE_RUNS = 4
 # Standard deviation of a policy's differences, as a share of the evaluator's scale. Of the policies confirmed on the
 # bundled model those that held lie between 0.06 and 0.2, those that change many pictures at 0.3 to 0.5.
 TYPICAL_SPREAD = 0.15
+# Blocks of the examples' models, which need not lie on the machine of a dry run.
+PUBLISHED = {
+    "black-forest-labs/FLUX.1-dev": 57,
+    "Qwen/Qwen-Image": 60,
+    "stabilityai/stable-diffusion-3.5-large": 38,
+    "stabilityai/stable-diffusion-3.5-medium": 24,
+}
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,14 @@ class Estimate:
     table: CostTable | None
     dimensions: int
     detectable: tuple[Detectable, ...]
+    fewer: tuple[str, ...]  # prompts than asked for
 
     @property
     def lines(self) -> list[str]:
         """For a person."""
         stages = ", ".join(f"{name} {count}" for name, count in self.pictures.items())
         lines = [f"{'pictures':<12} at most {sum(self.pictures.values())}: {stages}"]
+        lines += [f"{'prompts':<12} {one}" for one in self.fewer]
         if self.table is None or self.seconds is None:
             lines.append(
                 f"{'time':<12} not known without a cost table: a search writes cost_table.json in its first minutes "
@@ -67,9 +77,10 @@ class Estimate:
             )
         else:
             table = self.table
+            of = f"{table.width}x{table.height} in {table.dtype}, of {len(table.block_compute)} blocks"
             lines.append(
                 f"{'time':<12} at most {self.seconds / 3600:.2f} hours of one {table.device}, scoring not counted: "
-                f"{table.run_seconds / table.batch:.3f} s per picture of {table.width}x{table.height} in {table.dtype}"
+                f"{table.run_seconds / table.batch:.3f} s per picture of {of}"
             )
         lines.append(f"{'space':<12} {self.dimensions} dimensions")
         return lines + [f"{'detectable':<12} {one}" for one in self.detectable]
@@ -82,6 +93,43 @@ def read_cost_table(path: Path) -> CostTable:
     except (OSError, json.JSONDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"--cost-table is {str(path)!r}, which cannot be read: {cause}.") from None
+
+
+def check_model(table: CostTable, config: Config) -> None:
+    """ConfigError for a table of a model with other blocks than the config's, where it is known how many that has.
+
+    Nothing is downloaded to know it.
+    """
+    has, wanted = len(table.block_compute), _blocks(config.model.path)
+    if wanted not in (None, has):
+        raise ConfigError(f"the cost table is of {has} blocks; accepted: {wanted}, as {config.model.path} has.")
+
+
+def _blocks(path: str) -> int | None:
+    """Of the model at `path`, by the config of its transformer where that lies on this machine."""
+    import diffusers
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    from ..policies import ModelIdentity
+    from ..reference.pipeline import WEIGHTS
+
+    name = "transformer/config.json"
+    file = (WEIGHTS if path == "reference" else Path(path)) / name
+    if not file.exists():
+        try:
+            cached = try_to_load_from_cache(path, name)
+        except HFValidationError:  # a folder that is not there
+            return None
+        if not isinstance(cached, str):
+            return PUBLISHED.get(path)
+        file = Path(cached)
+    told = json.loads(file.read_text("utf-8"))
+    made = getattr(diffusers, told.get("_class_name", ""), None)
+    if made is None:  # a class of somebody's own
+        return None
+    with torch.device("meta"):  # its blocks without their weights
+        return ModelIdentity.of(made.from_config(told)).num_blocks
 
 
 def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) -> Estimate:
@@ -106,14 +154,16 @@ def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) 
     }
     if judge_of(config):
         pictures["best of"] = 3 * counts["confirm"]  # for three picks, in time: what the unmodified model draws in it
-    seconds = None
+    seconds, fewer = None, tuple(fewer_than_asked(config))
     if table is not None:
         _check(table, config, batch)
         calls = max(steps_of(config)) * table.calls_per_step
         run_seconds = table.predict([["compute"] * blocks] * calls)
         table = table.model_copy(update={"run_seconds": run_seconds, "steps": calls})
         seconds = sum(pictures.values()) * run_seconds / table.batch
-    return Estimate(pictures, seconds, table, len(distributions(config, blocks)), detectable(config, run, blocks))
+    return Estimate(
+        pictures, seconds, table, len(distributions(config, blocks)), detectable(config, run, blocks), fewer
+    )
 
 
 def _check(table: CostTable, config: Config, batch: int) -> None:

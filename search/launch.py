@@ -19,7 +19,7 @@ from .estimate import detectable
 from .front import Confirmed, held_out_name
 from .pool import Pool
 from .progress import Display
-from .prompts import check_spread, read_prompts
+from .prompts import check_spread, fewer_than_asked, read_prompts
 from .report import draw_comparison, draw_front, side_by_side, write_report
 from .run_directory import RunDirectory
 from .storage import check_storage, feasible, point_of
@@ -63,6 +63,8 @@ def launch(
     pool = tracker = None
     with Display() as display:
         try:
+            for one in fewer_than_asked(config):
+                display.say(one)
             display.wait("starting workers")
             pool = Pool(config, state.get("dtype"))
             described = pool.description
@@ -119,7 +121,7 @@ def launch(
 
 def _told(study: Study) -> str:
     """How much was searched, and how much of it the race spared."""
-    trials, images = study.tally.finished, study.config.prompts.search_images
+    trials, images = study.tally.finished, len(study.prompts)
     dropped = sum("dropped" in t.user_attrs for t in study.study.get_trials(deepcopy=False))
     drawn = f"{study.tally.spent['images']:.0f} pictures drawn"
     return f"{trials} trials of {images} pictures, {dropped} dropped on fewer, {drawn}"

@@ -17,6 +17,16 @@ def read_prompts(config: Config, split: str) -> tuple[Prompt, ...]:
     return read_named(f"prompts.{split}", source, split, count)
 
 
+def fewer_than_asked(config: Config) -> list[str]:
+    """A line for each split that has not as many prompts as the config asks for."""
+    counts = {s: (len(read_prompts(config, s)), getattr(config.prompts, f"{s}_images")) for s in ("search", "confirm")}
+    return [
+        f"prompts.{split} has {there} pictures, fewer than the {asked} of prompts.{split}_images"
+        for split, (there, asked) in counts.items()
+        if there < asked
+    ]
+
+
 def read_named(field: str, source: str, split: str, count: int | None) -> tuple[Prompt, ...]:
     """`read_prompt_set`, whose errors are the user's: a ConfigError that names `field`."""
     try:

@@ -1,13 +1,14 @@
 """What `--dry-run` tells: pictures, hours and detectable differences, from nothing and from what a run has stored."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from blocktune.evaluators import Prompt, minimum_detectable_difference
-from blocktune.search.config import Config, load_config
-from blocktune.search.estimate import detectable, estimate, read_cost_table
+from blocktune.search.config import Config, ConfigError, load_config
+from blocktune.search.estimate import check_model, detectable, estimate, read_cost_table
 from blocktune.search.prompts import read_prompts
 from blocktune.search.run_directory import RunDirectory
 from hypothesis import given
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "reference" / "cost_table.json"
 BATCH = read_cost_table(TABLE).batch  # as last measured
 OF_TABLE = [f"generation.batch={BATCH}", f"prompts.search_images={BATCH}"]
+EXAMPLES = TABLE.parents[3] / "examples"
 
 
 def test_a_dry_run_starts_and_writes_nothing(
@@ -58,6 +60,10 @@ def test_more_steps_take_longer(tmp_path: Path) -> None:
     [
         (["--cost-table", str(TABLE)], f"the cost table has batch {BATCH}; accepted: 24"),
         (["--cost-table", str(TABLE), "--set", "generation.height=64"], "the cost table has height 48; accepted: 64"),
+        (
+            ["--cost-table", str(TABLE.parents[1] / "full_size" / "sd3.5-large.cost_table.json")],
+            "the cost table is of 38 blocks; accepted: 12, as reference has.",
+        ),
         (["--cost-table", "none.json"], "--cost-table is 'none.json', which cannot be read: No such file"),
         (["--cost-table", "words.json"], "--cost-table is 'words.json', which cannot be read: Expecting value"),
         (["--cost-table", "empty.json"], "empty.json.block_compute is"),
@@ -76,6 +82,67 @@ def test_a_mistake_is_one_sentence(
     Path("words.json").write_text("just words")
     Path("empty.json").write_text("{}")
     assert told in mistake("search", "--dry-run", *arguments)
+
+
+FULL_SIZE = TABLE.parents[1] / "full_size"
+MODELS = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("example", MODELS)
+def test_a_cost_table_is_of_the_model(example: str) -> None:
+    """By the number of blocks, of which the bundled model has 12."""
+    config, tables = (
+        load_config(EXAMPLES / f"{example}.yaml", []),
+        {m: FULL_SIZE / f"{m}.cost_table.json" for m in MODELS},
+    )
+    known = {"reference": read_cost_table(TABLE)} | {model: read_cost_table(path) for model, path in tables.items()}
+    for model, table in known.items():
+        if model == example:
+            check_model(table, config)
+        else:
+            blocks = len(table.block_compute), len(known[example].block_compute)
+            told = rf"the cost table is of {blocks[0]} blocks; accepted: {blocks[1]}, as {config.model.path} has\."
+            with pytest.raises(ConfigError, match=told):
+                check_model(table, config)
+
+
+def test_a_model_is_known_by_its_config_on_this_machine(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder, and in the cache of the Hub; of another nothing is known, and the table is taken."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    stored = tmp_path / "models--some--body" / "snapshots" / "1f" / "transformer"
+    stored.mkdir(parents=True)
+    (stored.parents[2] / "refs").mkdir()
+    (stored.parents[2] / "refs" / "main").write_text("1f")
+    shutil.copy(tiny_model / "transformer" / "config.json", stored)
+    twelve, other = read_cost_table(TABLE), read_cost_table(FULL_SIZE / f"{MODELS[0]}.cost_table.json")
+    for path in ("reference", str(tiny_model), "some/body"):
+        config = load_config(None, [f"model.path={path}"])
+        check_model(twelve, config)
+        with pytest.raises(ConfigError, match=f"blocks; accepted: 12, as {path} has"):
+            check_model(other, config)
+    (tmp_path / "own" / "transformer").mkdir(parents=True)
+    (tmp_path / "own" / "transformer" / "config.json").write_text('{"_class_name": "OwnTransformer"}')
+    for path in (str(tmp_path / "none"), str(tmp_path / "own"), "some/other"):
+        check_model(other, load_config(None, [f"model.path={path}"]))
+
+
+def test_fewer_prompts_than_asked_for_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocktune: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ["--set", "prompts.search_images=100000"]
+    _, told, _ = blocktune("search", "--dry-run", *few)
+    assert "prompts      prompts.search has 384 pictures, fewer than the 100000 of prompts.search_images\n" in told
+    assert "prompts.confirm" not in told
+    assert "prompts.search " not in blocktune("search", "--dry-run")[1]
+    unknown = ["--set", "objectives.quality=beauty"]  # ends it before a worker starts
+    code, _, errors = blocktune("probe", *few, "--set", "probe.images=500", *unknown)
+    assert code == 2
+    assert errors.splitlines()[0] == (
+        "probe.images is 500, but 384 are probed: prompts.search gives no more, as prompts.search_images is 100000"
+    )
 
 
 def test_a_cost_table_is_for_a_dry_run(mistake: Callable[..., str]) -> None:
