@@ -269,4 +269,6 @@ def test_pil_pictures_of_several_sizes_are_scored_one_by_one(name):
     alone = [
         evaluator.score(images[i : i + 1], PROMPTS[i : i + 1], reference and reference[i : i + 1])[0] for i in range(4)
     ]
-    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+    # in half precision other kernels, chosen by how many pictures there are, round otherwise
+    relative, absolute = (HALF, HALF) if torch.cuda.is_available() else (0, 1e-5)
+    np.testing.assert_allclose(together, alone, rtol=relative, atol=absolute)
