@@ -54,12 +54,28 @@ class Detectable:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A search that has not run. Counts and hours are upper ends: policies save time, and equal ones run once."""
+class Cost:
+    """What is to be drawn, and for how long. Counts and hours are upper ends."""
 
     pictures: dict[str, int]  # by stage
-    seconds: float | None  # of one device; None where no cost table is known
-    table: CostTable | None
+    seconds: float | None  # of one device; None where they are not known
+    basis: str  # what the seconds are of, or why they are not known
+
+    @property
+    def lines(self) -> list[str]:
+        """For a person."""
+        stages = ", ".join(f"{name} {count}" for name, count in self.pictures.items())
+        hours = "" if self.seconds is None else f"at most {self.seconds / 3600:.2f} hours of "
+        return [
+            f"{'pictures':<12} at most {sum(self.pictures.values())}: {stages}",
+            f"{'time':<12} {hours}{self.basis}",
+        ]
+
+
+@dataclass(frozen=True)
+class Estimate(Cost):
+    """A search that has not run: policies save time, and equal ones run once."""
+
     dimensions: int
     detectable: tuple[Detectable, ...]
     fewer: tuple[str, ...]  # prompts than asked for
@@ -67,23 +83,10 @@ class Estimate:
     @property
     def lines(self) -> list[str]:
         """For a person."""
-        stages = ", ".join(f"{name} {count}" for name, count in self.pictures.items())
-        lines = [f"{'pictures':<12} at most {sum(self.pictures.values())}: {stages}"]
-        lines += [f"{'prompts':<12} {one}" for one in self.fewer]
-        if self.table is None or self.seconds is None:
-            lines.append(
-                f"{'time':<12} not known without a cost table: a search writes cost_table.json in its first minutes "
-                "and can be stopped then; or give one of this model, size and batch by --cost-table"
-            )
-        else:
-            table = self.table
-            of = f"{table.width}x{table.height} in {table.dtype}, of {len(table.block_compute)} blocks"
-            lines.append(
-                f"{'time':<12} at most {self.seconds / 3600:.2f} hours of one {table.device}, scoring not counted: "
-                f"{table.run_seconds / table.batch:.3f} s per picture of {of}"
-            )
-        lines.append(f"{'space':<12} {self.dimensions} dimensions")
-        return lines + [f"{'detectable':<12} {one}" for one in self.detectable]
+        pictures, time = super().lines
+        fewer = (f"{'prompts':<12} {one}" for one in self.fewer)
+        space = f"{'space':<12} {self.dimensions} dimensions"
+        return [pictures, *fewer, time, space, *(f"{'detectable':<12} {one}" for one in self.detectable)]
 
 
 def read_cost_table(path: Path) -> CostTable:
@@ -132,14 +135,18 @@ def _blocks(path: str) -> int | None:
         return ModelIdentity.of(made.from_config(told)).num_blocks
 
 
+def known_cost_table(run: RunDirectory) -> CostTable | None:
+    """The one that a search has measured in `run`."""
+    stored = run.path / "cost_table.json"
+    return read_cost_table(stored) if stored.exists() else None
+
+
 def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) -> Estimate:
     """For the search of `config` into `run`, by `table` or the one that lies there. Nothing is written.
 
     Raises ConfigError for a table of other pictures than the config's.
     """
-    stored = run.path / "cost_table.json"
-    if table is None and stored.exists():
-        table = read_cost_table(stored)
+    table = table or known_cost_table(run)
     counts = {split: len(read_prompts(config, split)) for split in ("search", "confirm")}
     batch = min(config.generation.batch, counts["search"])
     blocks = len(table.block_compute) if table else config.space.bands
@@ -154,16 +161,26 @@ def estimate(config: Config, run: RunDirectory, table: CostTable | None = None) 
     }
     if judge_of(config):
         pictures["best of"] = 3 * counts["confirm"]  # for three picks, in time: what the unmodified model draws in it
-    seconds, fewer = None, tuple(fewer_than_asked(config))
-    if table is not None:
-        _check(table, config, batch)
-        calls = max(steps_of(config)) * table.calls_per_step
-        run_seconds = table.predict([["compute"] * blocks] * calls)
-        table = table.model_copy(update={"run_seconds": run_seconds, "steps": calls})
-        seconds = sum(pictures.values()) * run_seconds / table.batch
-    return Estimate(
-        pictures, seconds, table, len(distributions(config, blocks)), detectable(config, run, blocks), fewer
-    )
+    told = cost(config, pictures, table)
+    dimensions, fewer = len(distributions(config, blocks)), tuple(fewer_than_asked(config))
+    return Estimate(told.pictures, told.seconds, told.basis, dimensions, detectable(config, run, blocks), fewer)
+
+
+def cost(config: Config, pictures: dict[str, int], table: CostTable | None) -> Cost:
+    """Of so many `pictures` of the unmodified model. ConfigError for a table of others than the config's."""
+    if table is None:
+        return Cost(
+            pictures,
+            None,
+            "not known without a cost table: a search writes cost_table.json in its first minutes and can be stopped "
+            "then; or give one of this model, size and batch by --cost-table",
+        )
+    _check(table, config, min(config.generation.batch, len(read_prompts(config, "search"))))
+    calls = max(steps_of(config)) * table.calls_per_step
+    each = table.predict([["compute"] * len(table.block_compute)] * calls) / table.batch
+    size = f"{table.width}x{table.height} in {table.dtype}, of {len(table.block_compute)} blocks"
+    basis = f"one {table.device}, scoring not counted: {each:.3f} s per picture of {size}"
+    return Cost(pictures, sum(pictures.values()) * each, basis)
 
 
 def _check(table: CostTable, config: Config, batch: int) -> None:

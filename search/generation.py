@@ -2,6 +2,7 @@
 
 import inspect
 import platform
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from torch.nn.functional import pad
 
 from ..evaluators import Prompt
 from ..policies import BlockPolicy, apply_policy
+from ..policies.policy import ModelIdentity
 from .config import ConfigError, Generation
 from .prefixes import Prefixes
 
@@ -57,6 +59,29 @@ def load(path: str, device: str, dtype: torch.dtype) -> Any:
         ) from None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def read_identity(path: str) -> ModelIdentity:
+    """Which architecture the pipeline at `path` has, by its configs alone: no weights are read or downloaded."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    if path == "reference":
+        from ..reference.pipeline import WEIGHTS
+
+        path = str(WEIGHTS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # diffusers' own, of arguments that the hub has given up
+            index: Any = diffusers.DiffusionPipeline.load_config(path)
+            _, name = index["transformer"]
+            transformer = getattr(diffusers, name)
+            config = transformer.load_config(path, subfolder="transformer")
+    except (OSError, KeyError, AttributeError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise ConfigError(f"model.path is {path!r}, whose transformer cannot be told: {told}") from None
+    with init_empty_weights():
+        return ModelIdentity.of(transformer.from_config(config))
 
 
 def device_name(device: str | torch.device) -> str:

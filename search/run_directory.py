@@ -44,17 +44,21 @@ class RunDirectory:
             for folder in (run.scores, run.policies, run.images):
                 folder.mkdir(parents=True, exist_ok=True)
             if resume:
-                before = run.load_config()
-                for section, value in config.searched().items():
-                    if before.searched()[section] != value:
-                        raise ConfigError(
-                            f"{section} differs from the run in {path}; resume with the same, or start another run."
-                        )
+                run.check_same(config)
             run._hold()
             run.write_text(run.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
         return run
+
+    def check_same(self, config: Config) -> None:
+        """ConfigError where `config` measures something else than the run that is here, whose scores would mix."""
+        before = self.load_config().searched()
+        for section, value in config.searched().items():
+            if before[section] != value:
+                raise ConfigError(
+                    f"{section} differs from the run in {self.path}; resume with the same, or start another run."
+                )
 
     def _hold(self) -> None:
         """Two searches in one folder would take each other's trials for those of a dead one. A kill frees the lock."""
