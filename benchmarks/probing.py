@@ -31,7 +31,8 @@ from blocktune.reference import prompts
 from blocktune.search.allocation import coarse_to_fine
 from blocktune.search.config import Config, Probe, load_config
 from blocktune.search.generation import load
-from blocktune.search.probe import EFFECTS, Part, best_blocks, launch_probe, pictures
+from blocktune.search.part import EFFECTS, Part
+from blocktune.search.probe import best_blocks, launch_probe, pictures
 from blocktune.search.prompts import reseeded
 from blocktune.search.run_directory import RunDirectory
 

@@ -83,9 +83,13 @@ def _estimate(config, run, cost_table: Path | None) -> None:
     table = read_cost_table(cost_table) if cost_table else None
     if table:
         check_model(table, config)
+    _tell_estimate(config, estimate(config, run, table))
+
+
+def _tell_estimate(config, told) -> None:
     size = f"{config.generation.num_inference_steps} steps, batches of {config.generation.batch}"
     typer.echo(f"{config.name:<12} {config.model.path}, {size}; nothing is started")
-    for line in estimate(config, run, table).lines:
+    for line in told.lines:
         typer.echo(line)
 
 
@@ -114,12 +118,20 @@ def probe(
     config: Annotated[Path | None, typer.Argument(help="YAML file; without it the reference model is probed")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. probe.images=48")] = None,
     out: Annotated[Path | None, typer.Option(help="run directory; runs/<name> when not given")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="start nothing; tell what the probe would still draw")
+    ] = False,
+    cost_table: Annotated[
+        Path | None, typer.Option(help="for --dry-run: cost_table.json of another run, measured where this is to run")
+    ] = None,
 ) -> None:
     """Measure what each block does: removed, reused, deaf to the text, or hearing it louder."""
-    from .config import load_config
-    from .probe import launch_probe
+    from .config import ConfigError, load_config
+    from .estimate import read_cost_table
+    from .probe import estimate_probe, launch_probe
     from .probe_report import draw, summary
     from .prompts import read_prompts
+    from .run_directory import RunDirectory
 
     settings = load_config(config, set_ or [])
     there, split = min((len(read_prompts(settings, split)), split) for split in ("search", "confirm"))
@@ -127,6 +139,12 @@ def probe(
         told = f"probe.images is {settings.probe.images}, but {there} are probed: prompts.{split} gives no more"
         typer.echo(f"{told}, as prompts.{split}_images is {getattr(settings.prompts, f'{split}_images')}", err=True)
     path = out or Path("runs") / settings.name
+    if cost_table and not dry_run:
+        raise ConfigError("--cost-table is given without --dry-run; a probe tells by its own first pictures.")
+    if dry_run:
+        table = read_cost_table(cost_table) if cost_table else None
+        _tell_estimate(settings, estimate_probe(settings, RunDirectory(path), table))
+        return
     run = _guarded(path, f"blocktune probe --out {path}", lambda: launch_probe(settings, path))
     typer.echo(summary(run))
     typer.echo(f"\ntable {path / 'probe.parquet'}\npicture {draw(run)}")

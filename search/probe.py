@@ -1,78 +1,38 @@
 """Probe: what each block does, one at a time (arXiv 2601.02211, Sec. 3), as paired differences with intervals.
 
 For every effect, window and block the search prompts are drawn again with that one block changed, and compared picture
-by picture with the unmodified model, for all prompts and for each kind. Controls: text made louder in front of the last
-block, which must change nothing; and on held-out prompts the best blocks together against random sets of their size and
-against all blocks at the same budget.
+by picture with the unmodified model, for all prompts and for each kind; then come the controls.
 
 Coarse to fine: every block on a few pictures, then, as far as the budget goes, more of those blocks of which is least
 settled whether they are among the best of their effect.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..evaluators import get, paired_interval, scale_of
-from ..policies import BlockPolicy, Reuse, Rule, ScaleText, Skip
-from ..policies.policy import ModelIdentity
+from ..evaluators import CostTable, get, paired_interval, scale_of
+from ..policies import BlockPolicy
+from . import controls
 from .allocation import coarse_to_fine
 from .candidate import Candidate
 from .config import Config, ConfigError
 from .config import Probe as ProbeConfig
+from .estimate import Cost, check_model, cost, known_cost_table
+from .generation import read_identity
+from .part import EFFECTS, Case, Part, Parts, Scores, Table, window_name
 from .pool import Job, Pool
 from .progress import Display
-from .prompts import read_prompts
 from .run_directory import RunDirectory
+from .scoring import Measurement
 from .study import check_objectives
 
-Action: TypeAlias = Skip | Reuse | ScaleText
-Table: TypeAlias = Any  # a pandas DataFrame, whose annotations answer for every kind of index at once
-# Each action, given the scale that makes text louder, and which blocks are the best: those it helps or harms least, or
-# for a disabled text those that need it most.
-EFFECTS: dict[str, tuple[Callable[[float], Action], int]] = {
-    "remove": (lambda s: Skip(), 1),
-    "reuse": (lambda s: Reuse(every=2), 1),
-    "disable": (lambda s: ScaleText(operand="input", scale=0.0), -1),  # the paper's: for all later blocks as well
-    "disable locally": (lambda s: ScaleText(operand="logit", scale=0.0), -1),
-    "enhance input": (lambda s: ScaleText(operand="input", scale=s), 1),
-    "enhance key": (lambda s: ScaleText(operand="key", scale=s), 1),
-    "enhance value": (lambda s: ScaleText(operand="value", scale=s), 1),
-    "enhance logit": (lambda s: ScaleText(operand="logit", scale=s), 1),
-}
-Case: TypeAlias = tuple[str, tuple[float, float]]  # an effect in a window
-Scores: TypeAlias = Any  # by evaluator, of each picture: a table, or a dictionary of arrays
-
-
-@dataclass(frozen=True)
-class Part:
-    """One change to measure: an effect at some blocks in a window, on the first `images` prompts of a split."""
-
-    effect: str
-    blocks: tuple[int, ...]
-    window: tuple[float, float]
-    images: int
-    split: str = "search"
-    scale: float | None = None  # the config's when not given
-
-    def __str__(self) -> str:
-        return f"{self.effect} {list(self.blocks)}"
-
-    def policy(self, model: ModelIdentity, scale: float) -> BlockPolicy:
-        action = EFFECTS[self.effect][0](self.scale or scale)
-        rule = Rule(blocks=self.blocks, window=self.window, action=action)
-        return BlockPolicy(name=str(self), model=model, rules=(rule,))
-
-    def file(self, model: ModelIdentity, scale: float) -> str:
-        """What its scores are called in the run directory, however many pictures they are of."""
-        digest = hashlib.sha256(f"{self.policy(model, scale).digest}-{self.split}".encode()).hexdigest()
-        return f"probe-{digest[:16]}"
+PACE = "seconds_per_picture"  # of one worker, by its device, in run.json
 
 
 class Probe:
@@ -81,20 +41,33 @@ class Probe:
     def __init__(self, config: Config, run: RunDirectory, pool: Pool, display: Display):
         self.config, self.run, self.pool, self.display = config, run, pool, display
         self.model = pool.description.model
-        self.prompts = {split: read_prompts(config, split) for split in ("search", "confirm")}
-        self.images = min(config.probe.images, *map(len, self.prompts.values()))
-        self.seconds_per_image = 0.0
+        self.parts = Parts(config, run, self.model)
+        self.prompts, self.images = self.parts.prompts, self.parts.images
         self.refused: dict[str, str] = {}  # effects that the model does not know, and why
+        self.gains: dict[Case, list[np.ndarray]] = {}  # of each picture, by block
+        self.pace: float | None = run.read_state().get(PACE, {}).get(pool.description.device)
+        self._allow()
+
+    def cost(self) -> Cost:
+        """What is still to be drawn; how long that takes is not known before the first pictures are."""
+        left = to_draw(self.parts)
+        if self.pace is None:
+            return Cost(left, None, "told when the first pictures are drawn")
+        seconds = self.pace * sum(left.values())
+        workers = f", {seconds / self.pool.size / 60:.1f} minutes of all {self.pool.size}" if self.pool.size > 1 else ""
+        return Cost(left, seconds, f"one worker{workers}: {self.pace:.3f} s per picture as measured, scoring counted")
 
     def measure(self) -> Table:
-        """All blocks under all effects: block, effect, window, kind, delta, low, high, n, psnr; written as well.
+        """All blocks under all effects: block, effect, window, kind, delta, low, high, n, similarities; written, too.
 
         Differences of alignment and their ends are in shares of what counts as 100 points, `n` are the pictures that a
-        block had. ConfigError where the model refuses all.
+        block had, similarities the means of what compares them with the unmodified model's. ConfigError where the model
+        refuses all.
         """
         probe, blocks = self.config.probe, self.model.num_blocks
+        for line in self.cost().lines:
+            self.display.say(line)
         self._baseline("search")
-        self._tell_cost()
         self.display.stage("blocks", math.ceil(pictures(probe, blocks, self.images) / probe.first_images))
 
         def draw(wanted: Mapping[tuple[Case, int], int]) -> dict[tuple[Case, int], np.ndarray]:
@@ -103,79 +76,63 @@ class Probe:
             }
             measured = self._run([part for part in parts if part.effect not in self.refused])
             known = {p: scores for p, scores in measured.items() if p.effect not in self.refused}
-            return {parts[part]: self._gains(part, scores) for part, scores in known.items()}
+            return {parts[part]: self.parts.gains(part, scores, self._before) for part, scores in known.items()}
 
-        cases = [(effect, window) for window in probe.windows for effect in probe.effects]
-        gains = coarse_to_fine(draw, cases, blocks, self.images, probe.first_images, probe.share, probe.chosen)
-        gains = {case: known for case, known in gains.items() if case[0] not in self.refused}
-        if not gains:
+        gains = coarse_to_fine(
+            draw, self.parts.cases, blocks, self.images, probe.first_images, probe.share, probe.chosen
+        )
+        self.gains = {case: known for case, known in gains.items() if case[0] not in self.refused}
+        if not self.gains:
             reasons = "; ".join(f"{effect}: {reason}" for effect, reason in self.refused.items())
             raise ConfigError(f"probe.effects has nothing that this model does: {reasons}")
-        table = self._table(
-            [Part(c[0], (b,), c[1], len(of)) for c, known in gains.items() for b, of in enumerate(known)]
-        )
+        parts = [Part(c[0], (b,), c[1], len(of)) for c, known in self.gains.items() for b, of in enumerate(known)]
+        table = self._table(parts)
         self._write(table, "probe.parquet")
         return table
 
-    def controls(self, table: Table) -> Table:
-        """The best blocks of the most helpful louder text together, random sets, and all: on held-out prompts.
-
-        `all` has every block at the scale whose product over the blocks is that of the chosen ones.
-        """
-        probe = self.config.probe
-        louder = table[(table["kind"] == "all") & table["effect"].str.startswith("enhance")]
-        louder = louder[louder["effect"] != "enhance input"]  # acts on later blocks, too
-        if louder.empty:
-            return pd.DataFrame()
+    def controls(self) -> Table:
+        """What controls gave after `measure`: set, effect, window, blocks, steps, and as the table of all blocks."""
         self._baseline("confirm")
-        best = louder.nlargest(probe.chosen, "delta")
-        effect, told = best.groupby(["effect", "window"])["delta"].sum().idxmax()
-        ranked = louder[(louder["effect"] == effect) & (louder["window"] == told)].nlargest(probe.chosen, "delta")
-        window, chosen = _window(told), tuple(sorted(int(b) for b in ranked["block"]))
-        rng = np.random.default_rng(self.config.search.seed)
-        blocks = self.model.num_blocks
-        sets = {"chosen": Part(effect, chosen, window, self.images, "confirm")}
-        for i in range(probe.random_sets):
-            drawn = tuple(sorted(int(b) for b in rng.choice(blocks, len(chosen), replace=False)))
-            sets[f"random {i + 1}"] = Part(effect, drawn, window, self.images, "confirm")
-        shared = probe.scale ** (len(chosen) / blocks)
-        sets["all"] = Part(effect, tuple(range(blocks)), window, self.images, "confirm", shared)
-        if "enhance input" in probe.effects and "enhance input" not in self.refused:
-            # twice as loud: 1.5 times rounds in bfloat16, which alone changed a picture and its score
-            sets["last block, no-op"] = Part("enhance input", (blocks - 1,), (0.0, 1.0), self.images, "confirm", 2.0)
-        parts = list(dict.fromkeys(sets.values()))
+        sets = controls.sets(self.config, self.model, self.gains, self.images)
+        parts = list(dict.fromkeys(part for _, part in sets))
         self.display.stage("controls", len(parts))
-        self._run(parts)
-        rows = []
-        for name, part in sets.items():
-            told = self._deltas(part, "all")
-            rows.append({"set": name, "effect": part.effect, "blocks": list(part.blocks), **told})
-        result: Table = pd.DataFrame(rows)
+        measured, rows = self._run(parts), []
+        for name, part in sets:
+            if part in measured:
+                steps = part.steps or self.config.generation.num_inference_steps
+                told = {"effect": part.effect, "window": window_name(part.window), "blocks": list(part.blocks)}
+                rows.append({"set": name, **told, "steps": steps, **self._deltas(part, "all")})
+        result: Table = pd.DataFrame(rows, columns=None if rows else ["set", "effect", "window"])
         self._write(result, "probe_sets.parquet")
         return result
 
-    def _tell_cost(self) -> None:
-        probe, blocks = self.config.probe, self.model.num_blocks
-        planned = pictures(probe, blocks, self.images)
-        full = pictures(probe.model_copy(update={"first_images": self.images}), blocks, self.images)
-        minutes = planned * self.seconds_per_image / self.pool.size / 60
-        share = f", {100 * planned / full:.0f} % of every block on all pictures" if planned < full else ""
-        self.display.say(f"probing draws {planned} pictures{share}: about {minutes:.0f} minutes")
+    def _measured(self, result: Measurement) -> None:
+        """The first pictures tell how long all take, and for how long a worker may be silent."""
+        if self.pace is not None:
+            return
+        self.pace = (result.generate_seconds + result.score_seconds) / len(result.images)
+        state = self.run.read_state()
+        paces = {**state.get(PACE, {}), self.pool.description.device: self.pace}
+        self.run.write_json(self.run.state, {**state, PACE: paces})
+        self._allow()
+        self.display.say(self.cost().lines[-1])
+
+    def _allow(self) -> None:
+        """As in a search; the largest job is the unmodified model on a whole split."""
+        if self.pace is not None:
+            self.pool.expect(max(map(len, self.prompts.values())), self.pace)
 
     def _baseline(self, split: str) -> None:
-        name = "unmodified" if split == "search" else "confirm-unmodified"
-        if not (self.run.scores / f"{name}.parquet").exists():
+        name = self.parts.unmodified(split)
+        if self.parts.before(split) is None:
             plain = BlockPolicy(name="unmodified", model=self.model, rules=())
             steps = self.config.generation.num_inference_steps
             (job,) = self.pool.run([Job("measure", (Candidate(plain, steps), split, None))])
             self.run.write_images(name, job.result.images)
             self.run.write_scores(name, self.prompts[split], job.result.scores)
-            self.seconds_per_image = job.result.generate_seconds / len(job.result.images)
+            self._measured(job.result)
         self._reference = self.pool.put(self.run.read_images(name))
-        self._before = self.run.read_scores(name)
-
-    def _name(self, part: Part) -> str:
-        return part.file(self.model, self.config.probe.scale)
+        self._before: Table = self.parts.before(split)
 
     def _run(self, parts: list[Part]) -> dict[Part, Scores]:
         """Measure what is missing; scores of all that did not fail. An effect that fails is refused from now on."""
@@ -185,16 +142,17 @@ class Probe:
             (part, known), scores = job.tag, job.result.scores
             if known is not None:
                 scores = {name: np.concatenate([known[name], values]) for name, values in scores.items()}
-            self.run.write_scores(self._name(part), self.prompts[part.split][: part.images], scores)
+            self.run.write_scores(self.parts.name(part), self.prompts[part.split][: part.images], scores)
             measured[part] = scores
+            self._measured(job.result)
             self.display.advance(str(part))
 
         jobs, measured = [], dict[Part, Scores]()
         for part in parts:
-            known = self._scores(part)
+            known = self.parts.scores(part)
             drawn = 0 if known is None else len(known)
             if drawn < part.images:
-                one = Candidate(part.policy(self.model, self.config.probe.scale), steps)
+                one = Candidate(part.policy(self.model, self.config.probe.scale), part.steps or steps)
                 jobs.append(Job("measure", (one, part.split, self._reference, part.images, drawn), (part, known)))
             else:
                 measured[part] = known
@@ -207,36 +165,24 @@ class Probe:
                 self.display.say(f"{part.effect} is left out: {job.error}")
         return measured
 
-    def _gains(self, part: Part, scores: Scores) -> np.ndarray:
-        """How far each picture so far was helped, or needs the text, of shape (pictures,)."""
-        after, before = (
-            np.asarray(of[self.config.objectives.alignment])[: part.images] for of in (scores, self._before)
-        )
-        return EFFECTS[part.effect][1] * (after - before)
-
-    def _scores(self, part: Part) -> Table | None:
-        """Those of a change that are known, of the first so many prompts; None where none are."""
-        name = self._name(part)
-        return self.run.read_scores(name) if (self.run.scores / f"{name}.parquet").exists() else None
-
     def _deltas(self, part: Part, kind: str) -> dict[str, Any]:
-        after: Table = self.run.read_scores(self._name(part)).iloc[: part.images]
-        before = self._before.iloc[: len(after)]
+        known: Table = self.parts.scores(part)
+        after, before = known.iloc[: part.images], self._before.iloc[: part.images]
         rows = np.ones(len(after), bool) if kind == "all" else (after["kind"] == kind).to_numpy()
         name = self.config.objectives.alignment
         scale = scale_of(get(name))
         prompts = list(before["prompt"][rows])
+        alike = {of: float(after[of][rows].mean()) for of in self.parts.similarities}
         if len(set(prompts)) < 2:  # one prompt has no spread, and so no interval
             delta = float((after[name] - before[name])[rows].mean()) / scale
-            return {"delta": delta, "low": math.nan, "high": math.nan, "n": len(prompts), "psnr": math.nan}
+            return {"delta": delta, "low": math.nan, "high": math.nan, "n": len(prompts), **alike}
         told = paired_interval(after[name][rows] / scale, before[name][rows] / scale, groups=prompts)
-        psnr = float(after["psnr"][rows].mean()) if "psnr" in after else math.nan
-        return {"delta": told.delta, "low": told.low, "high": told.high, "n": told.n, "psnr": psnr}
+        return {"delta": told.delta, "low": told.low, "high": told.high, "n": told.n, **alike}
 
     def _table(self, parts: list[Part]) -> Table:
         prompts = self.prompts["search"]
         rows = [
-            {"block": p.blocks[0], "effect": p.effect, "window": f"{p.window[0]:g}-{p.window[1]:g}", "kind": kind}
+            {"block": p.blocks[0], "effect": p.effect, "window": window_name(p.window), "kind": kind}
             | self._deltas(p, kind)
             for p in parts
             for kind in ["all", *dict.fromkeys(prompt.kind for prompt in prompts[: p.images])]
@@ -255,16 +201,55 @@ def pictures(probe: ProbeConfig, num_blocks: int, images: int) -> int:
     return max(cases * min(probe.first_images, images), int(probe.share * cases * images))
 
 
-def _window(told: str) -> tuple[float, float]:
-    start, end = told.split("-")
-    return float(start), float(end)
+def to_draw(parts: Parts) -> dict[str, int]:
+    """By stage the pictures that a probe has still to draw, at most: its schedule is followed as far as it is known."""
+    probe, blocks, images = parts.config.probe, parts.model.num_blocks, parts.images
+    left = {"baseline": sum(len(of) for split, of in parts.prompts.items() if parts.before(split) is None)}
+    before, asked = parts.before("search"), dict[tuple[Case, int], int]()
+
+    @cache  # the schedule asks for a block again and again
+    def known(case: Case, block: int) -> np.ndarray:
+        part = Part(case[0], (block,), case[1], images)
+        scores = parts.scores(part)
+        return np.empty(0) if before is None or scores is None else parts.gains(part, scores, before)
+
+    def follow(wanted: Mapping[tuple[Case, int], int]) -> dict[tuple[Case, int], np.ndarray]:
+        asked.update(wanted)
+        if any(len(known(*one)) < count for one, count in wanted.items()):
+            raise LookupError
+        return {one: known(*one)[:count] for one, count in wanted.items()}
+
+    try:
+        gains = coarse_to_fine(follow, parts.cases, blocks, images, probe.first_images, probe.share, probe.chosen)
+    except LookupError:
+        drawn = sum(min(len(known(*one)), count) for one, count in asked.items())
+        left |= {"blocks": pictures(probe, blocks, images) - drawn, "controls": controls.count(probe, images)}
+    else:
+        sets = {part for _, part in controls.sets(parts.config, parts.model, gains, images)}
+        scores = [parts.scores(part) for part in sets]
+        drawn = sum(0 if one is None else min(len(one), images) for one in scores)
+        left |= {"blocks": 0, "controls": len(sets) * images - drawn}
+    return left
+
+
+def estimate_probe(config: Config, run: RunDirectory, table: CostTable | None = None) -> Cost:
+    """What a probe into `run` would draw, and for how long by `table` or the one that lies there. Nothing is written.
+
+    Raises ConfigError for a table of another model or of other pictures than the config's, and for another run.
+    """
+    check_objectives(config)
+    if run.config.exists():
+        run.check_same(config)
+    table, model = table or known_cost_table(run), read_identity(config.model.path)
+    if table:
+        check_model(table, config)
+    return cost(config, to_draw(Parts(config, run, model)), table)
 
 
 def best_blocks(table: Table, effect: str, count: int) -> list[int]:
-    """The `count` blocks that an effect marks as the best, over all windows, best first."""
-    rows = table[(table["effect"] == effect) & (table["kind"] == "all")]
-    means = rows.groupby("block")["delta"].mean() * EFFECTS[effect][1]
-    return [int(b) for b in means.nlargest(count).index]
+    """The `count` blocks that an effect marks as the best in a table of one window, best first."""
+    rows = table[(table["effect"] == effect) & (table["kind"] == "all")].set_index("block")
+    return [int(b) for b in (rows["delta"] * EFFECTS[effect][1]).nlargest(count).index]
 
 
 def launch_probe(config: Config, path: Path) -> RunDirectory:
@@ -274,6 +259,9 @@ def launch_probe(config: Config, path: Path) -> RunDirectory:
     """
     check_objectives(config)
     run = RunDirectory.open(path, config, resume=(path / "config.yaml").exists())
+    # pixels are compared whatever is reported; the run's own config stays as it was given
+    reported = tuple(dict.fromkeys((*config.objectives.reported, "psnr")))
+    config = config.model_copy(update={"objectives": config.objectives.model_copy(update={"reported": reported})})
     with Display() as display:
         display.wait("starting workers")
         pool = Pool(config, run.read_state().get("dtype"))
@@ -282,7 +270,8 @@ def launch_probe(config: Config, path: Path) -> RunDirectory:
             run.write_json(run.state, on | run.read_state())
             display.say(f"{pool.size} on {pool.description.device}, {pool.description.dtype}")
             probe = Probe(config, run, pool, display)
-            probe.controls(probe.measure())
+            probe.measure()
+            probe.controls()
         finally:
             pool.close()
             run.release()
