@@ -1,21 +1,33 @@
 """Candidates that a search tries first: known ways to save time taken together, lists of blocks that were published,
 and what a probe of this model suggests.
 
-Each is spelled as choices of the space, and left out where the space does not have them: a probe tells of blocks, and a
-band does what its blocks suggest.
+Each is spelled as choices of the space, and left out where the space does not have them: a probe tells of blocks in
+windows, a band does what its blocks suggest, and a window stands for the one of the space that it shares most with.
 """
 
+from collections.abc import Mapping
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from ..policies.policy import WHOLE_RUN, ModelIdentity
 from .config import Config, ConfigError
-from .space import anchors, bands, guidance_ends_of, longest_window, steps_of, text_windows
+from .part import Window, window_of
+from .space import (
+    NEVER,
+    anchors,
+    bands,
+    distributions,
+    guidance_ends_of,
+    longest_window,
+    steps_of,
+    text_windows,
+)
 
-COLUMNS = ("block", "effect", "kind", "delta")
+C = TypeVar("C")
+COLUMNS = ("block", "effect", "window", "kind", "delta")
 # Class of the transformer, its blocks, the blocks whose text input is scaled, by how much, and where it is from.
 PUBLISHED = (
     ("FluxTransformer2DModel", 57, (2, 7, 12, 17, 22), 1.5, "FLUX [2,7,12,17,22] x1.5"),  # arXiv 2601.02211, README
@@ -31,12 +43,15 @@ def read_probe(config: Config) -> Any:
         return None
     try:
         table = pd.read_parquet(path)
+        known = {*COLUMNS} <= {*table.columns}
+        for name in table["window"].unique() if known else ():
+            window_of(name)
     except OSError as error:
         told = error.strerror or "no such file"  # pandas leaves it out
         raise ConfigError(f"search.prior is {path!r}, which cannot be read: {told}.") from None
     except ValueError:
-        table = pd.DataFrame()
-    if not set(COLUMNS) <= set(table.columns):
+        known = False
+    if not known:
         raise ConfigError(f"search.prior is {path!r}; accepted: the probe.parquet that blocktune probe writes.")
     return table
 
@@ -80,35 +95,74 @@ def combined(config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
 
 
 def suggested(table: Any, config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
-    """What a probe's `table` suggests, by origin: louder text for each operand, reuse, both, and a skipped block."""
+    """What a probe's `table` suggests, by origin: louder text for each operand, reuse, both, and a skipped block.
+
+    Of each probed window by itself, which the origin names where there are several.
+    """
     if table["block"].max() >= num_blocks:
         told = f"has a block {table['block'].max()}; this model's are 0 to {num_blocks - 1}"
         raise ConfigError(f"search.prior is {config.search.prior!r}, which {told}.")
+    told = table[table["kind"] == "all"]
+    names = dict.fromkeys(told["window"])
+    points: dict[str, dict[str, Any]] = {}
+    for name in names:
+        of_window = told[told["window"] == name]
+        effects = {effect: rows.set_index("block")["delta"] for effect, rows in of_window.groupby("effect")}
+        where = f" {name}" if len(names) > 1 else ""
+        for origin, point in _suggested(effects, window_of(name), config, num_blocks).items():
+            if point not in points.values():
+                points[f"probe: {origin}{where}"] = point
+    return points
+
+
+def _suggested(effects: dict[str, Any], window: Window, config: Config, num_blocks: int) -> dict[str, dict[str, Any]]:
+    """What the differences of blocks by effect, in one window, suggest for that window."""
     space, plain = config.space, anchors(config, num_blocks)["unmodified"]
     groups = bands(space, num_blocks)
-    told = table[table["kind"] == "all"]
-    effects = {effect: rows.groupby("block")["delta"].mean() for effect, rows in told.groupby("effect")}
     points: dict[str, dict[str, Any]] = {}
     gains: dict[str, float] = {}
-    for operand in space.operands:
+    text_window = nearest(window, text_windows(space))
+    for operand in space.operands if text_window else ():
         best = effects.get(f"enhance {operand}", pd.Series(dtype=float)).nlargest(config.probe.chosen)
         best = best[best > 0]
         if len(best):
-            scale, name = min(config.probe.scale, space.max_scale), f"probe: louder {operand}"
+            scale, name = min(config.probe.scale, space.max_scale), f"louder {operand}"
             louder = {f"scale_{i}": scale for i, blocks in enumerate(groups) if set(blocks) & set(best.index)}
-            points[name] = plain | {"operand": operand, "text_window": longest_window(space)} | louder
+            points[name] = plain | {"operand": operand, "text_window": text_window} | louder
             gains[name] = float(best.sum())
-    if "reuse" in effects and space.reuse_every:
+    # what is found of the whole run is no reason to begin early or late
+    starts = (plain["reuse_from"],) if window == WHOLE_RUN else space.reuse_from
+    start = nearest(window, {start: (start, 1.0) for start in starts if start < 1})
+    if "reuse" in effects and space.reuse_every and start is not None:
         # blocks that the table does not have are taken for those that reuse harms most
         harmless = [effects["reuse"].reindex(blocks).mean() for blocks in groups]
         kept = np.argsort(-np.nan_to_num(harmless, nan=-np.inf), kind="stable")[: (len(groups) + 1) // 2]
-        reuse = {f"reuse_{i}": max(space.reuse_every) for i in kept if not np.isnan(harmless[i])}
-        points["probe: reuse"] = plain | reuse
+        reuse: dict[str, Any] = {f"reuse_{i}": max(space.reuse_every) for i in kept if not np.isnan(harmless[i])}
+        reuse |= {"reuse_from": start}
+        points["reuse"] = plain | reuse
         if gains:
-            points["probe: reuse and louder"] = points[max(gains, key=gains.__getitem__)] | reuse
+            points["reuse and louder"] = points[max(gains, key=gains.__getitem__)] | reuse
     if "remove" in effects and space.skip:
-        points["probe: skip"] = plain | {"skip": int(effects["remove"].idxmax()), "skip_from": 0.5}
+        choices = distributions(config, num_blocks)["skip_from"]
+        starts = (0.5,) if window == WHOLE_RUN else getattr(choices, "choices", ())
+        start = nearest(window, {start: (start, 1.0) for start in starts if start < NEVER})
+        if start is not None:
+            points["skip"] = plain | {"skip": int(effects["remove"].idxmax()), "skip_from": start}
     return points
+
+
+def nearest(window: Window, choices: Mapping[C, Window]) -> C | None:
+    """The choice whose window shares most with `window`; None where that is less than half of what both span.
+
+    What was found in a part of the run tells little of another part. The whole run has a say in all.
+    """
+
+    def shared(name: C) -> float:
+        (start, end), (first, last) = window, choices[name]
+        return max(0.0, min(end, last) - max(start, first)) / (max(end, last) - min(start, first))
+
+    best = max(choices, key=shared, default=None)
+    return best if best is not None and (window == WHOLE_RUN or shared(best) >= 0.5) else None
 
 
 def published(config: Config, model: ModelIdentity) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,14 @@ def table() -> pd.DataFrame:
     )
 
 
+def halves() -> pd.DataFrame:
+    """Louder values help at block 4 early and at block 9 late; late the first half of the blocks may be reused."""
+    early = rows("enhance value", {4: 0.03, 9: -0.05}) + rows("reuse", dict.fromkeys(range(BLOCKS), -0.3))
+    late = rows("enhance value", {4: -0.05, 9: 0.02}) + rows("reuse", {b: -0.01 * b for b in range(BLOCKS)})
+    late += rows("remove", {3: -0.02, 8: 0.0})
+    return pd.DataFrame([row | {"window": "0-0.5"} for row in early] + [row | {"window": "0.5-1"} for row in late])
+
+
 def probe_table(path: Path) -> str:
     table().to_parquet(path)
     return str(path)
@@ -63,6 +71,37 @@ def test_bands_do_what_their_blocks_suggest(model: ModelIdentity) -> None:
     assert (skip.blocks, skip.action) == ((9,), Skip())
 
 
+def test_each_probed_window_is_proposed_where_the_space_has_one_like_it(model: ModelIdentity) -> None:
+    config = Config(space=Space(bands=BLOCKS, text_windows=((0.0, 0.4), (0.0, 1.0), (0.5, 1.0))))
+    points = suggested(halves(), config, BLOCKS)
+    # reuse and skip last until the end of the run, as the second half does
+    assert [*points] == [
+        "probe: louder value 0-0.5", "probe: louder value 0.5-1", "probe: reuse 0.5-1", "probe: reuse and louder 0.5-1",
+        "probe: skip 0.5-1",
+    ]  # fmt: skip
+    rules = {name: candidate(point, config, model, name).policy.rules for name, point in points.items()}
+    louder = [rules[f"probe: louder value {window}"] for window in ("0-0.5", "0.5-1")]
+    assert [(r.blocks, r.window) for (r,) in louder] == [((4,), (0.0, 0.4)), ((9,), (0.5, 1.0))]
+    (reusing,) = rules["probe: reuse 0.5-1"]
+    assert (reusing.blocks, reusing.window) == (tuple(range(6)), (0.5, 1.0))
+    (skip,) = rules["probe: skip 0.5-1"]
+    assert (skip.blocks, skip.window) == ((8,), (0.5, 1.0))
+
+
+def test_a_window_unlike_all_of_the_space_proposes_nothing() -> None:
+    tenth = table().assign(window="0.9-1")
+    assert suggested(tenth, Config(), BLOCKS) == {}
+
+
+def test_the_whole_run_has_a_say_in_any_window() -> None:
+    config = Config(space=Space(text_windows=((0.0, 0.2), (0.6, 0.9))))
+    points = suggested(table(), config, BLOCKS)
+    assert points["probe: louder value"]["text_window"] == "0.6-0.9"  # the longest
+    plain = anchors(config, BLOCKS)["unmodified"]
+    assert points["probe: reuse"]["reuse_from"] == plain["reuse_from"]
+    assert points["probe: skip"]["skip_from"] == 0.5
+
+
 def test_a_band_for_every_block_takes_single_blocks(model: ModelIdentity) -> None:
     config = Config(space=Space(bands=BLOCKS))
     (louder, *_) = suggested(table(), config, BLOCKS).values()
@@ -81,7 +120,8 @@ def test_every_suggestion_lies_in_the_space(
         space=Space(bands=count, skip=skip, reuse_every=every, operands=(operand,), max_scale=scale, anchor_steps=())
     )
     choices = distributions(config, BLOCKS)
-    for point in (*suggested(table(), config, BLOCKS).values(), *combined(config, BLOCKS).values()):
+    probed = pd.concat([table(), halves()])
+    for point in (*suggested(probed, config, BLOCKS).values(), *combined(config, BLOCKS).values()):
         for name, choice in choices.items():
             assert choice._contains(choice.to_internal_repr(point[name])), name
 
@@ -115,7 +155,8 @@ def test_what_is_no_probe_of_this_model_is_one_sentence(tmp_path: Path) -> None:
     pd.DataFrame({"prompt": ["a"]}).to_parquet(tmp_path / "scores.parquet")
     with pytest.raises(ConfigError, match=r"search.prior is .*, which cannot be read: no such file"):
         read_probe(prior(tmp_path / "none.parquet"))
-    for name in ("text.parquet", "scores.parquet"):
+    table().assign(window="all of it").to_parquet(tmp_path / "window.parquet")
+    for name in ("text.parquet", "scores.parquet", "window.parquet"):
         with pytest.raises(ConfigError, match=r"accepted: the probe\.parquet that blocktune probe writes"):
             read_probe(prior(tmp_path / name))
     with pytest.raises(ConfigError, match="has a block 10; this model's are 0 to 5"):
