@@ -54,8 +54,8 @@ class Probe:
         if self.pace is None:
             return Cost(left, None, "told when the first pictures are drawn")
         seconds = self.pace * sum(left.values())
-        workers = f", {seconds / self.pool.size / 60:.1f} minutes of all {self.pool.size}" if self.pool.size > 1 else ""
-        return Cost(left, seconds, f"one worker{workers}: {self.pace:.3f} s per picture as measured, scoring counted")
+        minutes = f"{seconds / self.pool.size / 60:.1f} minutes with all {self.pool.size}"
+        return Cost(left, seconds, f"one worker, {minutes}: {self.pace:.3f} s per picture as measured, with scoring")
 
     def measure(self) -> Table:
         """All blocks under all effects: block, effect, window, kind, delta, low, high, n, similarities; written, too.
