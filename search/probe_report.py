@@ -118,4 +118,6 @@ def _beaten(of: Table) -> list[str]:
 
 
 def _points(row: Any) -> str:
+    if math.isnan(row["low"]):  # pictures of one prompt
+        return f"{100 * row['delta']:+.1f}"
     return f"{100 * row['delta']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"

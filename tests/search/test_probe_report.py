@@ -54,6 +54,12 @@ def test_a_window_that_is_the_whole_run_needs_no_name(run: RunDirectory) -> None
     assert [line.split("blocks")[0].strip() for line in summary(run).splitlines()[1:]] == ["remove", "enhance value"]
 
 
+def test_what_has_no_interval_is_told_without(run: RunDirectory) -> None:
+    table = pd.read_parquet(run.path / "probe.parquet")
+    table.assign(low=np.nan, high=np.nan).to_parquet(run.path / "probe.parquet")
+    assert summary(run).splitlines()[1].endswith("blocks 2 +20.0, 1 +10.0, 0 +0.0")
+
+
 def test_windows_have_rows_of_their_own(run: RunDirectory) -> None:
     """The mean of both windows is nothing, so that whoever averages them draws neither blue nor red."""
     both, blue, red = _size_and_colors(draw(run))
