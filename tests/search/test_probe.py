@@ -167,7 +167,7 @@ def test_a_dry_run_tells_what_is_left_and_writes_nothing(world, probed, printed)
 
 @pytest.mark.usefixtures("in_place")
 def test_a_dry_run_does_not_count_on_another_run(world, probed, mistake):
-    told = mistake("probe", "--dry-run", str(world.config), "--set", "generation.num_inference_steps=5")
+    told = mistake("probe", "--dry-run", str(world.config), *PROBE, "--set", "generation.num_inference_steps=5")
     assert "generation differs from the run in" in told
 
 
