@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..evaluators import CostTable, get, minimum_detectable_difference, scale_of
 from .config import Config, ConfigError, parsed
+from .generation import read_identity
 from .prompts import fewer_than_asked, read_prompts
 from .run_directory import RunDirectory
 from .scoring import judge_of
@@ -101,7 +101,7 @@ def read_cost_table(path: Path) -> CostTable:
 def check_model(table: CostTable, config: Config) -> None:
     """ConfigError for a table of a model with other blocks than the config's, where it is known how many that has.
 
-    Nothing is downloaded to know it.
+    Known is what lies on this machine, for nothing is downloaded.
     """
     has, wanted = len(table.block_compute), _blocks(config.model.path)
     if wanted not in (None, has):
@@ -109,30 +109,10 @@ def check_model(table: CostTable, config: Config) -> None:
 
 
 def _blocks(path: str) -> int | None:
-    """Of the model at `path`, by the config of its transformer where that lies on this machine."""
-    import diffusers
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    from ..policies import ModelIdentity
-    from ..reference.pipeline import WEIGHTS
-
-    name = "transformer/config.json"
-    file = (WEIGHTS if path == "reference" else Path(path)) / name
-    if not file.exists():
-        try:
-            cached = try_to_load_from_cache(path, name)
-        except HFValidationError:  # a folder that is not there
-            return None
-        if not isinstance(cached, str):
-            return PUBLISHED.get(path)
-        file = Path(cached)
-    told = json.loads(file.read_text("utf-8"))
-    made = getattr(diffusers, told.get("_class_name", ""), None)
-    if made is None:  # a class of somebody's own
-        return None
-    with torch.device("meta"):  # its blocks without their weights
-        return ModelIdentity.of(made.from_config(told)).num_blocks
+    try:
+        return read_identity(path, download=False).num_blocks
+    except ConfigError:
+        return PUBLISHED.get(path)
 
 
 def known_cost_table(run: RunDirectory) -> CostTable | None:

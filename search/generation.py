@@ -61,8 +61,11 @@ def load(path: str, device: str, dtype: torch.dtype) -> Any:
     return pipe.to(device)
 
 
-def read_identity(path: str) -> ModelIdentity:
-    """Which architecture the pipeline at `path` has, by its configs alone: no weights are read or downloaded."""
+def read_identity(path: str, download: bool = True) -> ModelIdentity:
+    """Which architecture the pipeline at `path` has, by its configs alone: no weights are read or downloaded.
+
+    ConfigError where they cannot be had, without a `download` too where they do not lie on this machine.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
@@ -73,10 +76,10 @@ def read_identity(path: str) -> ModelIdentity:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # diffusers' own, of arguments that the hub has given up
-            index: Any = diffusers.DiffusionPipeline.load_config(path)
+            index: Any = diffusers.DiffusionPipeline.load_config(path, local_files_only=not download)
             _, name = index["transformer"]
             transformer = getattr(diffusers, name)
-            config = transformer.load_config(path, subfolder="transformer")
+            config = transformer.load_config(path, subfolder="transformer", local_files_only=not download)
     except (OSError, KeyError, AttributeError) as error:
         told = " ".join(str(error).split())[:300]
         raise ConfigError(f"model.path is {path!r}, whose transformer cannot be told: {told}") from None

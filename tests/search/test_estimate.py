@@ -116,6 +116,7 @@ def test_a_model_is_known_by_its_config_on_this_machine(
     (stored.parents[2] / "refs").mkdir()
     (stored.parents[2] / "refs" / "main").write_text("1f")
     shutil.copy(tiny_model / "transformer" / "config.json", stored)
+    shutil.copy(tiny_model / "model_index.json", stored.parent)
     twelve, other = read_cost_table(TABLE), read_cost_table(FULL_SIZE / f"{MODELS[0]}.cost_table.json")
     for path in ("reference", str(tiny_model), "some/body"):
         config = load_config(None, [f"model.path={path}"])
@@ -124,6 +125,7 @@ def test_a_model_is_known_by_its_config_on_this_machine(
             check_model(other, config)
     (tmp_path / "own" / "transformer").mkdir(parents=True)
     (tmp_path / "own" / "transformer" / "config.json").write_text('{"_class_name": "OwnTransformer"}')
+    (tmp_path / "own" / "model_index.json").write_text('{"transformer": ["own", "OwnTransformer"]}')
     for path in (str(tmp_path / "none"), str(tmp_path / "own"), "some/other"):
         check_model(other, load_config(None, [f"model.path={path}"]))
 
