@@ -109,14 +109,21 @@ class Plan:
 def _in_runs(columns: list[list[BlockStep]]) -> list[list[BlockStep]]:
     """The columns, with neighbours that reuse alike for as long as they hold a residual made one run."""
     told = [list(column) for column in columns]
+    alike = {id(column): column for column in columns}  # blocks of one band have one, and the steps in it
+    made: dict[tuple[int, tuple[int, int]], BlockStep] = {}
     for at in range(len(columns[0])):
-        spans = [_alike(column, at) for column in columns]
+        of_band = {key: _alike(column, at) for key, column in alike.items()}
+        spans = [of_band[id(column)] for column in columns]
         for span, members in groupby(range(len(columns)), spans.__getitem__):
             blocks = list(members)
-            for column in told[blocks[0] : blocks[-1] + 1] if len(blocks) > 1 else ():
+            run = blocks[0], blocks[-1]
+            for block in blocks if len(blocks) > 1 else ():
                 for i, (kind, _) in enumerate(span, at):
                     if kind != "skip":
-                        column[i] = replace(column[i], run=(blocks[0], blocks[-1]))
+                        own = columns[block][i]
+                        if (id(own), run) not in made:
+                            made[id(own), run] = replace(own, run=run)
+                        told[block][i] = made[id(own), run]
     return told
 
 

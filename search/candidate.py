@@ -29,9 +29,11 @@ class Candidate:
         In four steps, whoever reuses from the second on does it as often with `every` 4 as with 6.
         """
         plan = Plan.compile(self.policy, self.steps)
-        columns = list(zip(*plan.steps, strict=True))
-        told = {column: repr(column) for column in set(columns)}  # blocks of a band have the same
-        does = repr((self.policy.model, plan.guided, [told[column] for column in columns], self.guidance_scale))
+        told = {id(step): step for row in plan.steps for step in row}  # which blocks of a band share
+        numbers: dict[str, int] = {}  # of what one may do at a step
+        which = {key: numbers.setdefault(repr(step), len(numbers)) for key, step in told.items()}
+        rows = [[which[id(step)] for step in row] for row in plan.steps]
+        does = repr((self.policy.model, plan.guided, rows, list(numbers), self.guidance_scale))
         return hashlib.sha256(does.encode()).hexdigest()
 
     @property
