@@ -44,7 +44,7 @@ from optuna.trial import FrozenTrial, TrialState
 LIMIT_MS = 50.0  # of the driver, per trial
 KILL_EVERY = 20.0  # seconds between the deaths of workers
 SETTINGS = [
-    "generation.num_inference_steps=8", "generation.batch=12", "prompts.search_images=12", "prompts.confirm_images=12",
+    "generation.num_inference_steps=8", "generation.batch=12", "prompts.search_images=36", "prompts.confirm_images=12",
     "space.anchor_steps=[6]", "confirm.candidates=2", "confirm.repeats=1", "ray.workers=2", "model.dtype=float32",
 ]  # fmt: skip
 

@@ -22,7 +22,9 @@ from .conftest import served
 
 @pytest.fixture(scope="module")
 def world(new_world):  # noqa: F811
-    return new_world(trials=7)
+    made = new_world(trials=7)
+    made.pause = 1.5  # seconds of a scoring, so that a page that looks late still sees some of it
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_the_page_follows_a_search(world, driver, tab):
         tab.goto(page.url)
         said, marks = tab.get_by_role("status"), tab.locator("[data-key^=trial], [data-key^=anchor], [data-key^=star]")
         seen = []
-        for count in (1, 2, 3):  # of a scoring's half second each, so that one or two come between two looks
+        for count in (1, 2, 3):  # of a scoring's time each, so that one or two come between two looks
             expect(marks.nth(count)).to_be_attached(timeout=1000 * HANG)
             seen.append((marks.count(), said.inner_text()))
         assert driver.poll() is None, "the search ended before the page was seen to follow it"
