@@ -16,6 +16,10 @@ app = typer.Typer(
 )  # fmt: skip
 RunArgument = Annotated[Path, typer.Argument(help="a run directory")]
 SearchArgument = Annotated[Path, typer.Argument(help="the run directory of a search, which a probe's is not")]
+OutOption = Annotated[Path | None, typer.Option(help="run directory; runs/<name> when not given")]
+CostTableOption = Annotated[
+    Path | None, typer.Option(help="for --dry-run: cost_table.json of another run, measured where this is to run")
+]
 DEFAULT_RUN = Path("runs/reference")
 
 
@@ -42,14 +46,12 @@ def search(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, e.g. search.trials=100; may be repeated")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="run directory; runs/<name> when not given")] = None,
+    out: OutOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the directory")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="start nothing; tell what the search would take and could tell")
     ] = False,
-    cost_table: Annotated[
-        Path | None, typer.Option(help="for --dry-run: cost_table.json of another run, measured where this is to run")
-    ] = None,
+    cost_table: CostTableOption = None,
 ) -> None:
     """Search policies, confirm the front on held-out prompts, export the picks."""
     from .config import ConfigError, load_config
@@ -117,13 +119,11 @@ def _search(config, path: Path, resume: bool, confirm_only: bool) -> None:
 def probe(
     config: Annotated[Path | None, typer.Argument(help="YAML file; without it the reference model is probed")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. probe.images=48")] = None,
-    out: Annotated[Path | None, typer.Option(help="run directory; runs/<name> when not given")] = None,
+    out: OutOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="start nothing; tell what the probe would still draw")
     ] = False,
-    cost_table: Annotated[
-        Path | None, typer.Option(help="for --dry-run: cost_table.json of another run, measured where this is to run")
-    ] = None,
+    cost_table: CostTableOption = None,
 ) -> None:
     """Measure what each block does: removed, reused, deaf to the text, or hearing it louder."""
     from .config import ConfigError, load_config

@@ -13,6 +13,7 @@ from ..policies.policy import WHOLE_RUN, ModelIdentity
 from .config import Config
 from .prompts import read_prompts
 from .run_directory import RunDirectory
+from .space import window_name
 
 Action: TypeAlias = Skip | Reuse | ScaleText
 Table: TypeAlias = Any  # a pandas DataFrame, whose annotations answer for every kind of index at once
@@ -106,11 +107,6 @@ class Parts:
 
     def _read(self, name: str) -> Table | None:
         return self.run.read_scores(name) if (self.run.scores / f"{name}.parquet").exists() else None
-
-
-def window_name(window: Window) -> str:
-    """As tables tell it."""
-    return f"{window[0]:g}-{window[1]:g}"
 
 
 def window_of(name: str) -> Window:

@@ -132,7 +132,7 @@ def _suggested(effects: dict[str, Any], window: Window, config: Config, num_bloc
             gains[name] = float(best.sum())
     # what is found of the whole run is no reason to begin early or late
     starts = (plain["reuse_from"],) if window == WHOLE_RUN else space.reuse_from
-    start = nearest(window, {start: (start, 1.0) for start in starts if start < 1})
+    start = nearest(window, {start: (start, 1.0) for start in starts})
     if "reuse" in effects and space.reuse_every and start is not None:
         # blocks that the table does not have are taken for those that reuse harms most
         harmless = [effects["reuse"].reindex(blocks).mean() for blocks in groups]

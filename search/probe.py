@@ -25,11 +25,12 @@ from .config import Config, ConfigError
 from .config import Probe as ProbeConfig
 from .estimate import Cost, check_model, cost, known_cost_table
 from .generation import read_identity
-from .part import EFFECTS, Case, Part, Parts, Scores, Table, window_name
+from .part import EFFECTS, Case, Part, Parts, Scores, Table
 from .pool import Job, Pool
 from .progress import Display
 from .run_directory import RunDirectory
 from .scoring import Measurement
+from .space import window_name
 from .study import check_objectives
 
 PACE = "seconds_per_picture"  # of one worker, by its device, in run.json

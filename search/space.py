@@ -43,7 +43,12 @@ def guidance_ends_of(config: Config) -> tuple[float, ...]:
 
 def text_windows(space: Space) -> dict[str, tuple[float, float]]:
     """Where text may be louder, by the name of the choice: Optuna stores no pairs."""
-    return {f"{start:g}-{end:g}": (start, end) for start, end in space.text_windows}
+    return {window_name(window): window for window in space.text_windows}
+
+
+def window_name(window: tuple[float, float]) -> str:
+    """As studies and tables tell it."""
+    return f"{window[0]:g}-{window[1]:g}"
 
 
 def longest_window(space: Space) -> str:
