@@ -55,7 +55,7 @@ def proposals(bench: Workbench, search: Search, pictures: int, first: int | None
         if not waiting and rng.random() < search.refine:
             front = non_dominated(point for _, point in whole)
             members = [params for params, point in whole if point in front]
-            beside = around.near(members[rng.integers(len(members))], seen, rng)
+            beside = around.near(members, seen, rng)
         with given(study, beside):
             trial = study.ask()
             params = suggest(trial, space)

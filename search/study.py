@@ -243,12 +243,11 @@ class Study:
         """Every so often a neighbour of the front is tried, once no known point waits: a sampler rarely meets one."""
         search, trials = self.config.search, self.study.get_trials(deepcopy=False)
         rng = np.random.default_rng((search.seed, len(trials)))
-        if rng.random() >= search.refine or any(t.state == TrialState.WAITING for t in trials):
+        if rng.random() >= search.refine or self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return None
         params = {t.user_attrs["key"]: t.params for t in self._known.values()}
         members = [params[point.key] for point in self.tally.front if params[point.key]]
-        known = self._known.keys() | self._measuring.keys()
-        return self._around.near(members[rng.integers(len(members))], known, rng) if members else None
+        return self._around.near(members, self._known.keys() | self._measuring.keys(), rng)
 
     def _ask(self) -> tuple[optuna.Trial, Candidate]:
         with given(self.study, self._near()):
@@ -276,7 +275,6 @@ class Study:
             trial.set_constraint(name, excess)
         unspent = {"images": 0.0, "generate_seconds": 0.0, "score_seconds": 0.0, "steps_saved": 1.0}
         trial.set_user_attr("metrics", known.user_attrs["metrics"] | unspent)
-        self._storage.write()
         self._after(self._close(trial))
 
     def _tell_same(self, entry: Entry) -> int:
@@ -292,6 +290,7 @@ class Study:
 
     def _close(self, trial: optuna.Trial | FrozenTrial) -> FrozenTrial:
         """Tell MLflow, then Optuna, what the attributes of `trial` say; after a kill in between, both again."""
+        self._storage.write()
         told = trial.user_attrs
         policy, metrics, reason = BlockPolicy.model_validate(told["policy"]), told.get("metrics"), told.get("reason")
         self.tracker.trial(trial.number, trial.datetime_start, trial.params, metrics or {}, policy, reason)

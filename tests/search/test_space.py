@@ -169,12 +169,15 @@ def test_near_is_an_unknown_neighbour(model: ModelIdentity, drawn: tuple[Config,
     around = {one.behaviour for one in neighbours(values, config, model)}
     rng, known, near = np.random.default_rng(seed), set[str](), Around(config, model).near
     for _ in range(min(3, len(around))):
-        chosen = near(values, known, rng)
+        chosen = near([values], known, rng)
         assert chosen is not None
         found = candidate(chosen, config, model, "x").behaviour
         assert found in around - known
         known.add(found)
-    assert near(values, around, rng) is None
+    assert near([values], around, rng) is None
+    assert near([], set(), rng) is None
+    if around - known:
+        assert near([values] * 3, known, rng) is not None, "whichever is asked first"
 
 
 @given(configs)
