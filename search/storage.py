@@ -1,16 +1,16 @@
 """Where a study is stored, how a search writes it, and which of its trials stand on the axes."""
 
-import copy
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 import optuna
-from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.storages._rdb.models import TrialParamModel, TrialSystemAttributeModel, TrialUserAttributeModel
+from optuna.distributions import distribution_to_json
+from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event, insert
+from sqlalchemy import Connection, Table, delete, event, func, insert, select, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -51,98 +51,131 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
     return storage
 
 
+def _utc(moment: datetime | None) -> datetime | None:
+    """As Optuna's database has it."""
+    return moment and moment.astimezone(UTC).replace(tzinfo=None)
+
+
+class _Rows(NamedTuple):
+    """A table with a row for each of a trial's so and so: where the key stands, what there is by key, and one's row."""
+
+    table: Table
+    key: str
+    of: Callable[[FrozenTrial], dict[Any, Any]]
+    row: Callable[[FrozenTrial, Any], dict[str, Any]]
+
+
+class _Written(NamedTuple):
+    """A trial as it lies in the database. What its tables have is kept apart: Optuna adds to a trial's own."""
+
+    row: int  # its id there
+    trial: FrozenTrial
+    tables: tuple[dict[Any, Any], ...]
+
+    @classmethod
+    def now(cls, row: int, trial: FrozenTrial) -> "_Written":
+        return cls(row, trial, tuple(dict(rows.of(trial)) for rows in _OF_A_TRIAL))
+
+
+def _choice(trial: FrozenTrial, name: str) -> dict[str, Any]:
+    distribution = trial.distributions[name]
+    value = distribution.to_internal_repr(trial.params[name])
+    return {"param_value": value, "distribution_json": distribution_to_json(distribution)}
+
+
+def _value(trial: FrozenTrial, objective: int) -> dict[str, Any]:
+    value, kind = models.TrialValueModel.value_to_stored_repr(trial.values[objective])
+    return {"value": value, "value_type": kind}
+
+
+_STUDIES_ATTRS: Table = models.StudyUserAttributeModel.__table__
+_TRIALS: Table = models.TrialModel.__table__
+_OF_A_TRIAL = (
+    _Rows(models.TrialParamModel.__table__, "param_name", lambda t: t.params, _choice),
+    _Rows(models.TrialUserAttributeModel.__table__, "key", lambda t: t.user_attrs,
+          lambda t, key: {"value_json": json.dumps(t.user_attrs[key])}),
+    _Rows(models.TrialSystemAttributeModel.__table__, "key", lambda t: t.system_attrs,
+          lambda t, key: {"value_json": json.dumps(t.system_attrs[key])}),
+    _Rows(models.TrialValueModel.__table__, "objective", lambda t: dict(enumerate(t.values or ())), _value),
+)  # fmt: skip
+
+
 class Storage(optuna.storages.InMemoryStorage):
     """The study of a database, read once and held in memory, so that no proposal waits for all trials to be read again.
 
-    What is set lies in the database when the call returns, but for a trial that `ask` has made: it is written by
-    `write`, with all its choices at once. Not covered: two processes that write one study.
+    `write` makes the database what memory is, in one transaction; telling a state, enqueuing and the attributes of the
+    study call it. Optuna's own way commits each attribute by itself and asks first whether it is there. Not covered:
+    two processes that write one study.
     """
 
     def __init__(self, url: str):
         super().__init__()
         self._url, self._database = url, open_storage(url)
-        self._rows: dict[int, int] = {}  # ids in the database, by those here
-        self._asked: list[int] = []  # ids of trials that are not written yet
+        self._written: dict[int, _Written] = {}  # by trial's number
         for stored in self._database.get_all_studies():
             if stored.study_name == STUDY:
-                study = super().create_new_study(stored.directions, STUDY)
-                self._study = stored._study_id
+                self._here, self._there = super().create_new_study(stored.directions, STUDY), stored._study_id
                 for name, value in stored.user_attrs.items():
-                    super().set_study_user_attr(study, name, value)
-                for trial in self._database.get_all_trials(self._study, deepcopy=False):
-                    self._rows[super().create_new_trial(study, trial)] = trial._trial_id
+                    super().set_study_user_attr(self._here, name, value)
+                for trial in self._database.get_all_trials(self._there, deepcopy=False):
+                    held = self.get_trial(super().create_new_trial(self._here, trial))
+                    self._written[held.number] = _Written.now(trial._trial_id, held)
 
     def write(self) -> None:
-        """Put what was asked for, as far as it is known by now, into the database."""
-        for trial_id in self._asked:
-            self._insert(trial_id)
-        self._asked = []
+        """Put what has changed into the database: memory holds another object then for the trial."""
+        trials, written = self.get_all_trials(self._here, deepcopy=False), self._written
+        changed = [n for n, trial in enumerate(trials) if n not in written or written[n].trial is not trial]
+        if changed:
+            with self._database.engine.begin() as connection:
+                rows = {n: self._put(connection, trials[n]) for n in changed}
+            written |= {n: _Written.now(row, trials[n]) for n, row in rows.items()}
 
-    def _insert(self, trial_id: int) -> None:
-        trial = self.get_trial(trial_id)
-        bare = copy.copy(trial)
-        bare.params, bare.distributions, bare.user_attrs, bare.system_attrs = {}, {}, {}, {}
-        row = self._rows[trial_id] = self._database.create_new_trial(self._study, bare)
-        # the database's own way asks for each whether it is there, and of each choice what its distribution was
-        choices = [
-            {"trial_id": row, "param_name": name, "param_value": distribution.to_internal_repr(trial.params[name]),
-             "distribution_json": distribution_to_json(distribution)}
-            for name, distribution in trial.distributions.items()
-        ]  # fmt: skip
-        own, optunas = (
-            [{"trial_id": row, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
-            for attrs in (trial.user_attrs, trial.system_attrs)
-        )
-        with self._database.engine.begin() as connection:
-            for table, rows in (
-                (TrialParamModel, choices), (TrialUserAttributeModel, own), (TrialSystemAttributeModel, optunas)
-            ):  # fmt: skip
-                if rows:
-                    connection.execute(insert(table), rows)
-        if self._database.get_trial_id_from_study_id_trial_number(self._study, trial.number) != row:
-            raise ConfigError(f"another search writes the study in {self._url}; give each its own search.storage.")
+    def _put(self, connection: Connection, trial: FrozenTrial) -> int:
+        """The trial's id in the database."""
+        told = {"state": trial.state, "datetime_start": _utc(trial.datetime_start)}
+        told |= {"datetime_complete": _utc(trial.datetime_complete)}
+        before = self._written.get(trial.number)
+        if before is None:
+            new = insert(_TRIALS).values(study_id=self._there, number=trial.number, **told)
+            [row] = list(connection.execute(new).inserted_primary_key or ())
+            count = select(func.count()).select_from(_TRIALS).where(_TRIALS.c.study_id == self._there)
+            if connection.scalar(count) != trial.number + 1:
+                raise ConfigError(f"another search writes the study in {self._url}; give each its own search.storage.")
+        else:
+            row = before.row
+            if trial.state != before.trial.state:
+                connection.execute(update(_TRIALS).where(_TRIALS.c.trial_id == row).values(told))
+        for i, (table, key, of, encoded) in enumerate(_OF_A_TRIAL):
+            old, now = before.tables[i] if before else {}, of(trial)
+            changed = [name for name, value in now.items() if name not in old or old[name] is not value]
+            if replaced := [name for name in changed if name in old]:
+                connection.execute(delete(table).where(table.c.trial_id == row, table.c[key].in_(replaced)))
+            if changed:
+                rows = [{"trial_id": row, key: name} | encoded(trial, name) for name in changed]
+                connection.execute(insert(table), rows)
+        return row
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
-        study = super().create_new_study(directions, study_name)
-        self._study = self._database.create_new_study(directions, study_name)
-        return study
+        self._here = super().create_new_study(directions, study_name)
+        self._there = self._database.create_new_study(directions, study_name)
+        return self._here
 
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
         super().set_study_user_attr(study_id, key, value)
-        self._database.set_study_user_attr(self._study, key, value)
+        table = _STUDIES_ATTRS
+        with self._database.engine.begin() as connection:
+            connection.execute(delete(table).where(table.c.study_id == self._there, table.c.key == key))
+            connection.execute(insert(table).values(study_id=self._there, key=key, value_json=json.dumps(value)))
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         trial_id = super().create_new_trial(study_id, template_trial)
-        if template_trial is None:
-            self._asked.append(trial_id)
-        else:
-            self._insert(trial_id)
+        if template_trial is not None:
+            self.write()
         return trial_id
 
-    def set_trial_param(
-        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
-    ) -> None:
-        super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
-        if trial_id in self._rows:
-            self._database.set_trial_param(self._rows[trial_id], param_name, param_value_internal, distribution)
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        super().set_trial_user_attr(trial_id, key, value)
-        if trial_id in self._rows:
-            self._database.set_trial_user_attr(self._rows[trial_id], key, value)
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        super().set_trial_system_attr(trial_id, key, value)
-        if trial_id in self._rows:
-            self._database.set_trial_system_attr(self._rows[trial_id], key, value)
-
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        self.write()
-        row = self._rows[trial_id]
-        self._database.set_trial_state_values(row, state, values)
         done = super().set_trial_state_values(trial_id, state, values)
-        if state == TrialState.RUNNING:  # an enqueued one begins, and each storage looks at the clock for itself
-            self.get_trial(trial_id).datetime_start = self._database.get_trial(row).datetime_start
+        self.write()
         return done
 
 

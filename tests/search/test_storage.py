@@ -62,7 +62,10 @@ def test_the_database_has_what_memory_has(
             trial.set_constraint("insane", values[0])
             storage.write()
             trial.set_user_attr("metrics", {"shapes": values[1]})
-            if end == "complete":
+            trial.set_user_attr("key", "another")
+            if end == "leave":
+                storage.write()
+            elif end == "complete":
                 study.tell(trial, values)
             elif end == "fail":
                 study.tell(trial, state=TrialState.FAIL)
