@@ -6,7 +6,6 @@ The policies room needs torch, which takes seconds to import: it is imported her
 import json
 import math
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..search.config import Config
@@ -51,10 +50,7 @@ def policy_file(files: RunFiles, name: str) -> bytes:
     trial, confirmed, _ = find(files, name)
     if confirmed and (there := policy_files(files, trial, confirmed)) != [name]:
         return policy_file(files, there[0])
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "policy.json"
-        _policy(files, trial).model_copy(update={"name": slug(trial.name)}).save(path)
-        return path.read_bytes()
+    return _policy(files, trial).model_copy(update={"name": slug(trial.name)}).to_json_string().encode()
 
 
 def _layout(policy, steps: int, branch) -> dict[str, Any]:

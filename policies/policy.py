@@ -331,8 +331,8 @@ class BlockPolicy(_Content, Hub):
                 )
             return cls.model_validate(data)
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Writes the policy file; `load` gives an equal policy back. Raises OSError where `open` would."""
+    def to_json_string(self) -> str:
+        """The text of the policy file."""
         header = {
             "$schema": SCHEMA,
             "_class_name": "BlockPolicy",
@@ -344,8 +344,11 @@ class BlockPolicy(_Content, Hub):
         if self.guides_in_part:
             body["guidance_window"] = list(self.guidance_window)
         body |= {key: value for key in ("tuned_for", "evidence") if (value := getattr(self, key)) is not None}
-        text = json.dumps(header | body, indent=2, ensure_ascii=False, allow_nan=False)
-        Path(path).write_text(text + "\n", "utf-8")
+        return json.dumps(header | body, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the policy file; `load` gives an equal policy back. Raises OSError where `open` would."""
+        Path(path).write_text(self.to_json_string(), "utf-8")
 
     def refuse_other_model(self, found: ModelIdentity) -> None:
         """PolicyError where the policy is for another architecture than `found`."""

@@ -12,11 +12,11 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..evaluators import Prompt
 from ..policies import BlockPolicy
@@ -29,6 +29,7 @@ OUTBOX = "outbox.jsonl"
 _AGAIN = 1.0  # seconds between two tries of a server that does not answer
 _MOMENT = 10.0  # seconds that anything waits for such a server
 _SLOW = 60.0  # seconds that the end waits for one that has not failed
+_GATHERED = 5.0  # seconds for which progress is gathered: one call takes it together for a sixth of the work
 
 
 def tracking_uri(config: Config, folder: Path) -> str:
@@ -57,11 +58,26 @@ class Record:
     metrics: dict[str, float] = field(default_factory=dict)
     step: int = 0
     tags: dict[str, str] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)  # by the artifact's path
+    texts: dict[str, str] = field(default_factory=dict)  # by the artifact's name
     files: list[str] = field(default_factory=list)  # in the run directory, where they lie there
     datasets: list[dict[str, str]] = field(default_factory=list)
     picks: dict[str, str] | None = None  # policy files by alias
     status: str | None = None
+
+    @property
+    def is_progress(self) -> bool:
+        return self.trial is None and not (self.params or self.tags or self.texts or self.files or self.status)
+
+
+class _Run(NamedTuple):
+    """A run on the server, and where its artifacts lie."""
+
+    id: str
+    artifacts: str
+
+    @classmethod
+    def of(cls, run: Any) -> "_Run":
+        return cls(run.info.run_id, run.info.artifact_uri)
 
 
 def _now() -> int:
@@ -82,8 +98,8 @@ class Tracker:
         self._outbox = folder / OUTBOX
         self._client: Any = None  # None while the server does not answer
         self._monitor: Any = None
-        self._children: dict[int, str] = {}
-        self._run_id, self._met = "", threading.Event()
+        self._run, self._children = _Run("", ""), dict[int, _Run]()
+        self._met = threading.Event()
         self._failing, self._taken = False, time.monotonic()
         self._queue: queue.Queue[Record | None] = queue.Queue()
         self._lock, self._stop, self._unsent = threading.Lock(), threading.Event(), 0
@@ -97,7 +113,7 @@ class Tracker:
     def run_id(self) -> str:
         """The parent run; empty where the server has not answered for a moment."""
         self._met.wait(0 if self._failing else _MOMENT)
-        return self._run_id
+        return self._run.id
 
     def _left(self) -> list[Record]:
         """What another process could not send. A kill may have torn a line: its trial is told again anyway."""
@@ -147,7 +163,7 @@ class Tracker:
             Record(
                 _now(), number, int(started.timestamp() * 1000) if started else None,
                 {key: str(value) for key, value in params.items()}, metrics, 0, tags,
-                {"policy.json": _text(policy)}, status="FAILED" if reason else "FINISHED",
+                {"policy.json": policy.to_json_string()}, status="FAILED" if reason else "FINISHED",
             )
         )  # fmt: skip
 
@@ -209,17 +225,37 @@ class Tracker:
     # What the thread does with it
 
     def _work(self) -> None:
-        while (record := self._queue.get()) is not None:
-            while not self._delivered(record):
+        for records in self._together():
+            while not self._delivered(records):
                 if self._stop.wait(_AGAIN):
                     return
             with self._lock:
-                self._unsent -= 1
+                self._unsent -= len(records)
                 if not self._unsent:
                     self._outbox.unlink(missing_ok=True)
 
-    def _delivered(self, record: Record) -> bool:
-        """Whether the record is settled: sent, or refused for good."""
+    def _together(self) -> Iterator[list[Record]]:
+        """What is sent at once: progress that came in a few seconds, or another record, each as it comes."""
+        progress: list[Record] = []
+        due, ended = 0.0, False
+        while not ended:
+            record = None
+            try:
+                record = self._queue.get(timeout=max(0.0, due - time.monotonic()) if progress else None)
+                ended = record is None
+            except queue.Empty:
+                pass
+            if record and record.is_progress:
+                due = due if progress else time.monotonic() + _GATHERED
+                progress.append(record)
+            if progress and (ended or time.monotonic() >= due):
+                yield progress
+                progress = []
+            if record and not record.is_progress:
+                yield [record]
+
+    def _delivered(self, records: list[Record]) -> bool:
+        """Whether the records are settled: sent, or refused for good."""
         try:
             if self._client is None:
                 self._connect()
@@ -227,7 +263,7 @@ class Tracker:
             self._fails(error)
             return False
         try:
-            self._send(record)
+            self._send(records)
         except Exception as error:
             if not _refused(error):
                 self._fails(error)
@@ -257,14 +293,13 @@ class Tracker:
             location = (Path(self._uri.removeprefix("sqlite:///")).absolute().parent / "artifacts").as_uri()
         self._experiment = found.experiment_id if found else client.create_experiment(name, location)
         parents = client.search_runs([self._experiment], f"tags.`blocktune.search` = '{self._search}'")
-        if parents:
-            self._run_id = parents[0].info.run_id
-        else:
-            tags = {"blocktune.kind": "search", "blocktune.search": self._search}
-            self._run_id = client.create_run(self._experiment, run_name=self._config.name, tags=tags).info.run_id
-        query = f"tags.`mlflow.parentRunId` = '{self._run_id}'"
+        tags = {"blocktune.kind": "search", "blocktune.search": self._search}
+        self._run = _Run.of(
+            parents[0] if parents else client.create_run(self._experiment, run_name=self._config.name, tags=tags)
+        )
+        query = f"tags.`mlflow.parentRunId` = '{self._run.id}'"
         children = client.search_runs([self._experiment], query, max_results=50_000)
-        self._children = {int(child.data.tags["trial"]): child.info.run_id for child in children}
+        self._children = {int(child.data.tags["trial"]): _Run.of(child) for child in children}
         self._client = client
         self._met.set()
         if self._monitor:  # it ended with the connection
@@ -276,39 +311,40 @@ class Tracker:
 
         if self._monitor:
             self._monitor.finish()
-        self._monitor = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=self._uri)
+        self._monitor = SystemMetricsMonitor(self._run.id, resume_logging=True, tracking_uri=self._uri)
         self._monitor.start()
 
-    def _run_of(self, record: Record) -> tuple[str, bool]:
+    def _run_of(self, record: Record) -> tuple[_Run, bool]:
         """The run that a record is for, and whether it was made just now."""
         if record.trial is None:
-            return self._run_id, False
+            return self._run, False
         made = record.trial not in self._children
         if made:
-            own = {"mlflow.parentRunId": self._run_id, "blocktune.kind": "trial", "trial": str(record.trial)}
+            own = {"mlflow.parentRunId": self._run.id, "blocktune.kind": "trial", "trial": str(record.trial)}
             tags = own | {key: value[:8000] for key, value in record.tags.items()}
             run = self._client.create_run(
                 self._experiment, start_time=record.started or record.stamp, run_name=f"trial-{record.trial:04d}",
                 tags=tags,
             )  # fmt: skip
-            self._children[record.trial] = run.info.run_id
+            self._children[record.trial] = _Run.of(run)
         return self._children[record.trial], made
 
-    def _send(self, record: Record) -> None:
+    def _send(self, records: list[Record]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
-        run, made = self._run_of(record)
+        record = records[0]  # more are of progress, which has metrics alone
+        (run, artifacts), made = self._run_of(record)
         there = self._client.get_run(run).data.params if record.params and not made else {}
         params = {key: value[:6000] for key, value in record.params.items()}
         # a param stands for ever: what a resume says otherwise is told in a tag
         changed = {key: value for key, value in params.items() if there.get(key, value) != value}
-        metrics = [Metric(key, value, record.stamp, record.step) for key, value in record.metrics.items()]
+        metrics = [Metric(key, value, told.stamp, told.step) for told in records for key, value in told.metrics.items()]
         new = [Param(key, value) for key, value in params.items() if key not in there]
         told = changed if made else record.tags | changed  # a new run was made with its tags
         tags = [RunTag(key, value[:8000]) for key, value in told.items()]
-        for first in range(0, max(map(len, (metrics, new, tags))), 100):  # as many as MLflow takes in one call
-            part = slice(first, first + 100)
-            self._client.log_batch(run, metrics[part], new[part], tags[part])
+        while metrics or new or tags:  # as many as MLflow takes in one call
+            self._client.log_batch(run, metrics[:800], new[:100], tags[:100])
+            metrics, new, tags = metrics[800:], new[100:], tags[100:]
         if record.datasets:
             inputs = [
                 DatasetInput(
@@ -318,11 +354,14 @@ class Tracker:
                 for d in record.datasets
             ]
             self._client.log_inputs(run, inputs)
-        for path, text in record.texts.items():
-            self._client.log_text(run, text, path)
+        if record.texts:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, text in record.texts.items():
+                    (written := Path(folder) / name).write_text(text, "utf-8")
+                    self._put(artifacts, written)
         for file in map(Path, record.files):
             if (self._folder / file).exists():
-                self._client.log_artifact(run, str(self._folder / file), str(file.parent) if file.parent.name else None)
+                self._put(artifacts, self._folder / file, file.parent)
         if record.picks is not None:
             register(self._client, registered_model(self._config), run, record.picks)
         if record.status == "RUNNING":
@@ -331,12 +370,14 @@ class Tracker:
         elif record.status:
             self._client.set_terminated(run, record.status, record.stamp)
 
+    def _put(self, artifacts: str, file: Path, folder: Path = Path()) -> None:
+        """Into a run's artifacts: the client would first ask, for each run, where they lie."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 
-def _text(policy: BlockPolicy) -> str:
-    """The policy file's text."""
-    with tempfile.TemporaryDirectory() as folder:
-        policy.save(file := Path(folder) / "policy.json")
-        return file.read_text("utf-8")
+        place = str(add_databricks_profile_info_to_artifact_uri(artifacts, self._client.tracking_uri))
+        repository = get_artifact_repository(place, tracking_uri=self._client.tracking_uri)
+        repository.log_artifact(str(file), folder.as_posix() if folder.name else None)
 
 
 def _short(error: Exception) -> str:
