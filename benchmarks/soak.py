@@ -4,7 +4,8 @@ The soak: a search of a tiny untrained model in a process of its own, two worker
 searching; the driver with all its processes is killed twice and resumed. At the end every wanted trial has finished,
 each that had finished before a kill is as it was, none was run twice, and MLflow holds each once.
 
-The driver: the real study, tracker and SQLite, with a pool that answers at once, as if a picture took no time. Told are
+The driver: the real study, tracker and SQLite, with a pool that answers at once, as if a picture took no time, and
+whose scores leave as many on the front, and repeat as many, as real searches do; with each sampler. Told are
 milliseconds of CPU time per trial, of the whole process, among the last hundred trials, to which the limit applies, and
 from the first to the last; and of the last hundred what the search's thread takes, the sampler in it, and the thread
 that sends to MLflow.
@@ -20,6 +21,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -42,6 +44,7 @@ from blocktune.search.worker import Description, Measurement
 from optuna.trial import FrozenTrial, TrialState
 
 LIMIT_MS = 50.0  # of the driver, per trial
+SAMPLERS = ("nsgaii", "tpe", "random")  # GP takes minutes to propose what others draw in one
 KILL_EVERY = 20.0  # seconds between the deaths of workers
 SETTINGS = [
     "generation.num_inference_steps=8", "generation.batch=12", "prompts.search_images=36", "prompts.confirm_images=12",
@@ -160,13 +163,13 @@ def soak(trials: int) -> dict[str, Any]:
 
 
 class InstantPool:
-    """Answers with random scores at once; what a study asks of a pool, and no more."""
+    """Answers at once, with random scores that fall with the speed of a policy; what a study asks, and no more."""
 
     size, gpus = 1, 0.0
 
-    def __init__(self, config: Config, model: ModelIdentity, images: int):
+    def __init__(self, config: Config, model: ModelIdentity, costs: CostTable, images: int):
         self.description = Description(model, "", 8, 8, "float32", "none", "", {})
-        self.images, self.rng, self._jobs = images, np.random.default_rng(0), []
+        self.costs, self.images, self.rng, self._jobs = costs, images, np.random.default_rng(0), []
         objectives = config.objectives
         self.names = (objectives.alignment, objectives.quality, *objectives.reported)
 
@@ -193,8 +196,9 @@ class InstantPool:
 
     def run(self, jobs: list[Job]) -> list[Job]:
         for job in jobs:
-            end, start = job.args[3:] or (self.images, 0)
-            scores = {name: self.rng.uniform(size=end - start) for name in self.names}
+            chosen, (end, start) = job.args[0], job.args[3:] or (self.images, 0)
+            faster = 1 - self.costs.predict_policy(chosen.policy, chosen.steps) / self.costs.run_seconds
+            scores = {name: self.rng.normal(0.7 - 0.1 * faster**2, 0.05, end - start) for name in self.names}
             pictures = np.zeros((end - start, 8, 8, 3), np.uint8)
             job.result = Measurement(scores | {"sane": np.ones(end - start)}, pictures, 0.0, 0.0, 0.0)
         return jobs
@@ -202,7 +206,7 @@ class InstantPool:
 
 def free(blocks: int) -> CostTable:
     """Of a model that nobody runs: every block takes as long, and nothing is known of the device."""
-    parts = dict.fromkeys(("step_overhead", "run_overhead", "run_seconds"), 0.1)
+    parts = {"step_overhead": 0.1, "run_overhead": 0.1, "run_seconds": 20 * (0.1 + 0.01 * blocks) + 0.1}
     sizes = {"steps": 20, "repeats": 1, "batch": 24, "rows": 48, "height": 8, "width": 8, "threads": 1}
     return CostTable(
         block_compute=(0.01,) * blocks, block_reuse=(0.0001,) * blocks, device="none", dtype="float32", **parts,
@@ -210,15 +214,16 @@ def free(blocks: int) -> CostTable:
     )  # fmt: skip
 
 
-def driver(trials: int) -> dict[str, Any]:
+def driver(trials: int, sampler: str) -> dict[str, Any]:
     """Milliseconds per trial of the driver's process, over the last hundred of `trials` and over all of them."""
-    config = load_config(None, [f"search.trials={trials}"])
+    config = load_config(None, [f"search.trials={trials}", f"search.sampler={sampler}"])
     blocks, asked, marks = 38, [], []
     model = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=blocks, fingerprint="0" * 64)
     with tempfile.TemporaryDirectory() as place, Display() as display:
         run = RunDirectory.open(Path(place) / "run", config, resume=False)
-        run.write_text(run.path / "cost_table.json", free(blocks).model_dump_json())
-        pool: Any = InstantPool(config, model, config.prompts.search_images)
+        costs = free(blocks)
+        run.write_text(run.path / "cost_table.json", costs.model_dump_json())
+        pool: Any = InstantPool(config, model, costs, config.prompts.search_images)
         tracker = Tracker(config, run.path, "benchmark")
         study = Study(config, run, pool, tracker, display)
         ask, after = study._ask, study._after
@@ -243,12 +248,14 @@ def driver(trials: int) -> dict[str, Any]:
         study._ask, study._after = timed_ask, marked_after
         mark()
         study.search()
+        same = sum("same_as" in trial.user_attrs for trial in study.study.get_trials(deepcopy=False))
         tracker.close()
         run.release()
     process, thread = np.diff(1000 * np.array(marks), axis=0).T  # up to the last hundred, and in it
     last, mean_of_all = process[1] / 100, process.sum() / trials
     return {
-        "trials": trials, "cpu_ms_per_trial": last, "of_which_search_thread_ms": thread[1] / 100,
+        "trials": trials, "measured_before": same, "front": len(study.tally.front),
+        "cpu_ms_per_trial": last, "of_which_search_thread_ms": thread[1] / 100,
         "of_which_sampler_ms": 1000 * mean(asked[-100:]), "of_which_mlflow_thread_ms": (process - thread)[1] / 100,
         "cpu_ms_per_trial_from_the_first": mean_of_all, "limit_ms": LIMIT_MS, "held": bool(last <= LIMIT_MS),
     }  # fmt: skip
@@ -263,11 +270,12 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     result |= {"machine": platform.machine(), "cpus": os.cpu_count(), "optuna": optuna.__version__}
-    for name, measure, count in (("driver", driver, args.driver), ("soak", soak, args.trials)):
-        if count:
-            result[name] = measure(count)
-            print(json.dumps({name: result[name]}, indent=2), flush=True)
-            args.out.write_text(json.dumps(result, indent=2) + "\n")
+    measured = {f"driver, {sampler}": partial(driver, args.driver, sampler) for sampler in SAMPLERS if args.driver}
+    measured |= {"soak": partial(soak, args.trials)} if args.trials else {}
+    for name, measure in measured.items():
+        result[name] = measure()
+        print(json.dumps({name: result[name]}, indent=2), flush=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

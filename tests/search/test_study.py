@@ -164,9 +164,9 @@ def test_what_is_measured_on_one_worker_is_not_measured_on_another(tmp_path: Pat
     settings += ["space.max_scale=1.02", "space.guidance_until=[0.5]"]  # nothing is louder: eight do something else
     config = load_config(None, settings)
     model = ModelIdentity(transformer="SD3Transformer2DModel", num_blocks=12, fingerprint="0" * 64)
-    pool: Any = Slow(config, model, config.prompts.search_images)
+    pool: Any = Slow(config, model, free(12), config.prompts.search_images)
     run = RunDirectory.open(tmp_path / "run", config, resume=False)
-    run.write_text(run.path / "cost_table.json", free(12).model_dump_json())
+    run.write_text(run.path / "cost_table.json", pool.costs.model_dump_json())
     with Display() as display:
         tracker = Tracker(config, run.path, "test")
         study = Study(config, run, pool, tracker, display)
