@@ -192,7 +192,11 @@ class Search(_Section):
     patience: PositiveInt | None = Field(
         default=None, description="trials in a row that may pass without 1 % more hypervolume"
     )
-    sampler: Literal["tpe", "gp", "nsgaii", "random"] = "tpe"
+    sampler: Literal["nsgaii", "tpe", "gp", "random"] = Field(
+        default="nsgaii",
+        description="of Optuna's, which find as much as each other; at 1,000 trials `nsgaii` proposes in a tenth of "
+        "the time of `tpe`",
+    )
     refine: float = Field(
         default=0.8,
         ge=0,

@@ -39,11 +39,11 @@ from .unmodified import Unmodified
 
 def new_sampler(config: Config, seed: int) -> optuna.samplers.BaseSampler:
     samplers = {
+        "nsgaii": lambda: optuna.samplers.NSGAIISampler(population_size=20, seed=seed),
         # multivariate must be asked for: Optuna 5 leaves it off for several objectives; in groups, because an anchor
         # outside of the space has no params, and with it no choice would be common to all trials and sampled together
         "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
         "gp": lambda: optuna.samplers.GPSampler(seed=seed),
-        "nsgaii": lambda: optuna.samplers.NSGAIISampler(population_size=20, seed=seed),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
     with warnings.catch_warnings():
