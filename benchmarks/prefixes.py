@@ -19,7 +19,7 @@ from blocktune.policies import ModelIdentity
 from blocktune.search.candidate import Candidate
 from blocktune.search.config import Config
 from blocktune.search.generation import device_name, embed, generate, load
-from blocktune.search.outputs import Outputs
+from blocktune.search.outputs import Outputs, reached
 from blocktune.search.prefixes import Prefixes, course
 from blocktune.search.prompts import read_prompts
 from blocktune.search.space import candidate, distributions, suggest
@@ -38,8 +38,7 @@ def counted(candidates: list[Candidate], steps: int) -> float:
     given = 0
     for one in candidates:
         told = course(one.policy, one.steps, 0, ("both",))
-        spans = [range(*span) for span in told.spans.items()]
-        given += sum(len(span) for span in spans if all(told.digests[i] in known for i in span))
+        given += one.steps - len(reached((i for i, d in enumerate(told.digests) if d not in known), told.needs))
         known.update(told.digests)
     return given / sum(one.steps for one in candidates)
 

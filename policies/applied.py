@@ -142,6 +142,18 @@ class Applied:
         self._forget()
         del APPLIED[self._transformer]
 
+    def passed(self, kwargs: dict[str, Any]) -> None:
+        """Tells of a call of the transformer, with `kwargs`, that was answered without the transformer.
+
+        Its blocks keep nothing then: residuals that a later call reuses must be of calls that were computed.
+        """
+        perturbed_by = self._architecture.perturbed_by
+        lane, step = self._enter(bool(perturbed_by) and kwargs.get(perturbed_by) is not None)
+        self._done += 1
+        for index, action in enumerate(step):
+            if action.releases:
+                lane.memories[index].forget()
+
     def __enter__(self) -> Self:
         return self
 

@@ -187,7 +187,7 @@ def generate(
         arguments |= some(rows, part) | _guidance(pipe, generation)
         applied = apply_policy(pipe, policy) if policy is not None and policy.acts else nullcontext()
         run = repr((generation, prompts[part]))
-        with applied as acting, prefixes.shared(pipe, policy, run) if prefixes else nullcontext():
+        with applied as acting, prefixes.shared(pipe, acting, run) if prefixes else nullcontext():
             pixels = pipe(**_accepted(pipe.__call__, arguments)).images
         if kept and acting:
             kept(acting.report.cache_bytes)

@@ -4,11 +4,25 @@ Knows only keys and bytes, and imports nothing heavy.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+
+
+def reached(steps: Iterable[int], needs: Sequence[Collection[int]]) -> set[int]:
+    """These steps, those whose residuals they reuse, those whose residuals these reuse, and so on.
+
+    `needs` are by step the steps that made what it reuses.
+    """
+    found = set(steps)
+    spread = list(found)
+    while spread:
+        more = set(needs[spread.pop()]) - found
+        found |= more
+        spread += more
+    return found
 
 
 class Outputs:
@@ -25,13 +39,14 @@ class Outputs:
         self.own: OrderedDict[bytes, bytes] = OrderedDict()
         self.stage = ""
 
-    def recall(self, spans: Sequence[Sequence[bytes]]) -> dict[bytes, bytes]:
-        """What is kept under the keys of those spans of which nothing is missing."""
-        found = {}
-        for span in spans:
-            if all(key in self.plain or key in self.own for key in span):
-                found |= {key: self._used(key) for key in span}
-        return found
+    def recall(self, keys: Sequence[bytes], needs: Sequence[Collection[int]]) -> dict[bytes, bytes]:
+        """What is kept under the keys of a run's steps, but of those that have to be computed for others that have to.
+
+        `needs` are by step the steps that made what it reuses.
+        """
+        missing = (step for step, key in enumerate(keys) if key not in self.plain and key not in self.own)
+        computed = reached(missing, needs)
+        return {key: self._used(key) for step, key in enumerate(keys) if step not in computed}
 
     def _used(self, key: bytes) -> bytes:
         if key in self.plain:
@@ -60,9 +75,9 @@ class SharedOutputs:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def recall(self, spans: Sequence[Sequence[bytes]]) -> dict[bytes, bytes]:
+    def recall(self, keys: Sequence[bytes], needs: Sequence[Collection[int]]) -> dict[bytes, bytes]:
         try:
-            return ray.get(self._actor.recall.remote(spans))
+            return ray.get(self._actor.recall.remote(keys, needs))
         except RayError:
             return {}
 

@@ -2,8 +2,8 @@
 
 A run that has done so far just what an earlier run of the same pictures did is given the outputs of that run. The
 pipeline's own loop and scheduler run as ever, so pictures are the same to the last bit, whatever a scheduler remembers
-of earlier steps. A run can be taken up where no block holds a residual that it reuses later, so what a policy's blocks
-keep never has to be stored.
+of earlier steps. What a policy's blocks keep is not stored: a step that makes a residual which the run reuses when it
+is on its own is computed again.
 
 Not covered, and computed as ever: pipelines whose scheduler does not tell the step, transformers behind
 `torch.compile`. Seconds must never be measured through it.
@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..policies import BlockPolicy, Plan, clock
+from ..policies import Applied, BlockPolicy, Plan, clock
 from ..policies.architectures import resolve, unwrapped
 from ..policies.policy import Branch
 from .outputs import Outputs, SharedOutputs
@@ -29,11 +28,11 @@ from .outputs import Outputs, SharedOutputs
 
 @dataclass(frozen=True)
 class Course:
-    """What a run does: per step the digest of all that was done up to it, and where it can be taken up."""
+    """What a run does: per step the digest of all that was done up to it, and the steps whose residuals it reuses."""
 
     digests: tuple[bytes, ...]
     plain: int  # the steps before this one are those of the unmodified model
-    spans: dict[int, int]  # from each step in front of which no residual is held to the next such step, or the end
+    needs: tuple[frozenset[int], ...]
 
 
 @lru_cache(maxsize=64)
@@ -41,24 +40,28 @@ def course(policy: BlockPolicy | None, num_steps: int, start: int, branches: tup
     """What a run under `policy` does from step `start` on; `branches` are guidance's, of a call each."""
     plans = [Plan.compile(policy, num_steps, start, branch) for branch in branches] if policy else []
     alone = [branches == ("both",) and not guided for guided in plans[0].guided] if plans else [False] * num_steps
-    digest, digests, open_at, held, plain = repr((num_steps, start)).encode(), [], [], 0, num_steps
+    digest, digests, needs, plain = repr((num_steps, start)).encode(), [], [], num_steps
+    made: dict[tuple[int, int], list[int]] = {}  # by call and block the last two steps that kept a residual
     for step in range(num_steps):
-        rows = [plan.steps[step] for plan in plans]
-        # that a residual is kept changes no output
-        acts = [
-            (n, i, b.kind, b.scales, b.forecast and b.kind == "reuse")
-            for n, row in enumerate(rows)
-            for i, b in enumerate(row)
-            if b.kind != "compute" or b.scales
-        ]
+        acts, needed = [], set[int]()
+        for n, plan in enumerate(plans):
+            for i, block in enumerate(plan.steps[step]):
+                reuses = block.kind == "reuse"
+                if block.kind != "compute" or block.scales:
+                    # that a residual is kept changes no output, but what it is of does, by rounding
+                    of = (block.forecast, block.run) if reuses else None
+                    acts.append((n, i, block.kind, block.scales, of))
+                kept = made.get((n, i), [])
+                if reuses:
+                    needed |= set(kept if block.forecast else kept[-1:])
+                if block.keeps:
+                    made[n, i] = [*kept, step][-2:]
         if acts or alone[step]:
             plain = min(plain, step)
-        if not held:
-            open_at.append(step)
-        held += sum((b.keeps and not b.forecast) - b.releases for row in rows for b in row)
         digest = hashlib.sha256(digest + repr((acts, alone[step])).encode()).digest()
         digests.append(digest)
-    return Course(tuple(digests), plain, dict(pairwise([*open_at, num_steps])))
+        needs.append(frozenset(needed))
+    return Course(tuple(digests), plain, tuple(needs))
 
 
 class Prefixes:
@@ -74,8 +77,8 @@ class Prefixes:
         self.given = 0  # of these, the steps that were not computed
 
     @contextmanager
-    def shared(self, pipe: Any, policy: BlockPolicy | None, pictures: str) -> Iterator[None]:
-        """For one run of `pipe` under `policy`, already applied, that makes `pictures`: sampling, prompts, seeds."""
+    def shared(self, pipe: Any, acting: Applied | None, pictures: str) -> Iterator[None]:
+        """For one run of `pipe`, under the policy that is `acting`, that makes `pictures`: sampling, prompts, seeds."""
         transformer, architecture = resolve(pipe)
         compiled = pipe.transformer is not unwrapped(pipe.transformer)
         if compiled or not clock.has_steps(pipe.scheduler):
@@ -84,7 +87,7 @@ class Prefixes:
         branches: tuple[Branch, ...] = ("cond", "uncond") if architecture.guidance == "calls" else ("both",)
         # in front of the module's hooks: those of a policy must not wait for blocks that are not called
         inner = transformer._compiled_call_impl
-        run = _Run(self, pipe, inner or transformer._call_impl, policy, pictures, branches)
+        run = _Run(self, pipe, inner or transformer._call_impl, acting, pictures, branches)
         transformer._compiled_call_impl = run
         try:
             yield
@@ -101,13 +104,13 @@ class _Run:
         prefixes: Prefixes,
         pipe: Any,
         compute: Any,
-        policy: BlockPolicy | None,
+        acting: Applied | None,
         pictures: str,
         branches: tuple[Branch, ...],
     ) -> None:
         self.prefixes, self.pipe, self.compute = prefixes, pipe, compute
         self.pictures = hashlib.sha256(repr((prefixes.made_on, pictures)).encode()).digest()
-        self.policy, self.branches = policy, branches
+        self.acting, self.branches = acting, branches
         self.course: Course | None = None  # None before the first call
         self.step = -1  # of the last call
         self.known: dict[bytes, bytes] = {}  # what others made of this run
@@ -119,6 +122,8 @@ class _Run:
         if tick.step != self.step:
             self._enter(tick)
         if self.given is not None:
+            if self.acting:
+                self.acting.passed(kwargs)
             device = self.pipe._execution_device
             return tree_map_only(torch.Tensor, lambda t: t.to(device), next(self.given))
         output = self.compute(*args, **kwargs)
@@ -128,9 +133,10 @@ class _Run:
     def _enter(self, tick: clock.Tick) -> None:
         self.step = tick.step
         if self.course is None:
-            self.course = course(self.policy, tick.num_steps, tick.step, self.branches)
-            spans = [[self._key(step) for step in range(*span)] for span in self.course.spans.items()]
-            self.known = self.prefixes.outputs.recall(spans)
+            policy = self.acting.policy if self.acting else None
+            self.course = course(policy, tick.num_steps, tick.step, self.branches)
+            keys = [self._key(step) for step in range(tick.num_steps)]
+            self.known = self.prefixes.outputs.recall(keys, self.course.needs)
         known = self.known.get(self._key(self.step))
         self.given = None if known is None else iter(pickle.loads(known))
         if known is None:

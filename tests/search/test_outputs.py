@@ -1,8 +1,9 @@
-"""What is kept for runs that begin alike: within its memory, whole spans or nothing, and for all workers."""
+"""What is kept for runs that begin alike: within its memory, for all workers, and without what must be computed."""
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from blocktune.search.outputs import Outputs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,10 +56,22 @@ def test_workers_share_what_any_of_them_made(new_world: Callable[..., Any]) -> N
     assert told["anew"] == [1, 1]
 
 
-def test_spans_are_given_whole_or_not() -> None:
+@pytest.mark.parametrize(
+    ("needs", "given"),
+    [
+        ([[], [], [], []], b"abd"),
+        ([[], [], [1], [1]], b"ad"),  # c is not there, and reuses what b made
+        ([[], [0], [1], [1]], b"d"),  # and b what a made
+        ([[], [0], [0], [2]], b"bd"),  # b is there, so what it would reuse is of no interest
+        ([[], [0], [1], [0, 2]], b"d"),
+    ],
+)
+def test_what_is_needed_by_a_step_that_is_not_there_is_computed_again(needs: list[list[int]], given: bytes) -> None:
     outputs = Outputs(1.0)
-    outputs.keep({b"a": b"1", b"b": b"2", b"d": b"4"}, {b"a"}, "search")
-    assert outputs.recall([[b"a"], [b"b", b"c"], [b"d"], []]) == {b"a": b"1", b"d": b"4"}
+    there = {b"a": b"1", b"b": b"2", b"d": b"4"}
+    outputs.keep(there, {b"a"}, "search")
+    assert outputs.recall([b"a", b"b", b"c", b"d"], needs) == {key: there[key] for key in map(bytes, zip(given))}
+    assert outputs.recall([], []) == {}
 
 
 def test_the_unmodified_models_stay_until_the_next_stage() -> None:
@@ -66,9 +79,9 @@ def test_the_unmodified_models_stay_until_the_next_stage() -> None:
     half = bytes(2 * 2**10)
     outputs.keep({b"plain": half, b"own": half}, {b"plain"}, "search")
     outputs.keep({b"newer": half}, set(), "search")
-    assert outputs.recall([[b"plain"], [b"own"], [b"newer"]]).keys() == {b"plain", b"newer"}
+    assert outputs.recall([b"plain", b"own", b"newer"], [()] * 3).keys() == {b"plain", b"newer"}
     outputs.keep({b"next": half, b"last": half}, {b"next"}, "confirm")
-    assert outputs.recall([[b"plain"], [b"newer"], [b"next"], [b"last"]]).keys() == {b"next", b"last"}
+    assert outputs.recall([b"plain", b"newer", b"next", b"last"], [()] * 4).keys() == {b"next", b"last"}
 
 
 keys = st.sampled_from([bytes([i]) for i in range(8)])
@@ -87,7 +100,7 @@ def test_no_more_is_held_than_there_is_room_for(calls: list[Any]) -> None:
     outputs, kept = Outputs(4 * KIB), {}
     for call in calls:
         if isinstance(call, list):
-            for key, value in outputs.recall([call]).items():
+            for key, value in outputs.recall(call, [range(at) for at in range(len(call))]).items():
                 assert value == kept[key]
         else:
             sizes, plain, stage = call
