@@ -148,8 +148,8 @@ class Workbench:
                 None if way.cache else self._prefixes[split],
             )  # fmt: skip
 
-    def seconds(self, ways: Sequence[Way], rounds: int) -> list[float]:
-        """Measured seconds of one batch under each way: medians over rounds in which each has its turn.
+    def rounds(self, ways: Sequence[Way], count: int) -> list[list[float]]:
+        """Measured seconds of one batch under each way, in each of so many rounds in which all have their turn.
 
         One way of each method is made before, and not counted, for what is chosen and allocated at a first time.
         """
@@ -166,8 +166,7 @@ class Workbench:
 
         for way in {way.method: way for way in ways}.values():
             timed(way)
-        taken = [[timed(way) for way in ways] for _ in range(rounds)]
-        return [float(seconds) for seconds in np.median(taken, axis=0)]
+        return [[timed(way) for way in ways] for _ in range(count)]
 
     def _synchronize(self) -> None:
         if self.device == "cuda":

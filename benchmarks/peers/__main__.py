@@ -12,13 +12,14 @@ as much as the drawing.
 
 `--run` takes the policies of a finished search in place of a search in this process. What was measured stays in the
 folder, so the same command goes on after an interruption, and so several processes can share in drawing, on all GPUs of
-the host: a small model leaves most of one idle. Timed is in this process alone, when the others have ended.
+the host: a small model leaves most of one idle. Timed is when they have ended, by one process on each GPU.
 """
 
 import argparse
+import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Size:
     mask_rounds: int
     mask_pictures: int
     random_sets: int
-    timed_rounds: int
+    timed_rounds: int  # of each GPU
 
 
 SIZES = {
@@ -152,14 +153,24 @@ def drawn(bench: Workbench, size: Size, run: Path | None, share: int, of: int) -
     return list({(way.method, way.key): way for way in ways}.values())
 
 
-def measure(bench: Workbench, ways: list[Way], size: Size) -> list[Result]:
-    """All ways on the held-out prompts, and timed; random sets are the unmodified model in time."""
-    count = size.confirm_pictures
+def rounds(bench: Workbench, ways: list[Way], size: Size) -> list[dict[str, float]]:
+    """Seconds of every way by its key, round by round; random sets are left out, the unmodified model in time."""
     timed = [way for way in ways if way.method != "random sets"]
-    bench.say(f"timing {len(timed)} settings in turn")
-    seconds = dict(zip([way.key for way in timed], bench.seconds(timed, size.timed_rounds), strict=True))
+    bench.say(f"timing {len(timed)} settings in turn, {size.timed_rounds} times")
+    return [dict(zip([way.key for way in timed], one, strict=True)) for one in bench.rounds(timed, size.timed_rounds)]
+
+
+def measure(bench: Workbench, ways: list[Way], taken: list[dict[str, float]], size: Size) -> list[Result]:
+    """All ways on the held-out prompts, with the seconds that they took in the rounds of one GPU or more.
+
+    Those are the unmodified model's by the median share of its own in the same round: what slows a machine for a while,
+    or one of two GPUs, slows both.
+    """
+    count = size.confirm_pictures
     plain = ways[0]
     assert plain.method == PLAIN
+    whole = float(np.median([one[plain.key] for one in taken]))
+    seconds = {key: whole * float(np.median([one[key] / one[plain.key] for one in taken])) for key in taken[0]}
     prompts = [p.text for p in bench.prompts["confirm"][:count]]
     before = bench.scores(plain, "confirm", count)
 
@@ -301,7 +312,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a finished search whose policies stand for blocktune")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--processes", type=int, default=1, help="that draw side by side on the device")
-    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # of one of the processes
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # of one of the processes that draw
+    parser.add_argument("--timer", type=int, help=argparse.SUPPRESS)  # the GPU of one that times
     args = parser.parse_args()
     size = SIZES[args.size]
     overrides = [
@@ -311,20 +323,26 @@ def main() -> None:
     ]  # fmt: skip
     if args.processes > 1:
         torch.set_num_threads(1)  # those of several processes would wait for each other
-    take_gpu(args.share or 0)
+    take_gpu(args.share or args.timer or 0)
     config = args.config or (args.run / "config.yaml" if args.run else None)
     bench = Workbench(load_config(config, overrides), args.out, args.device, [STRICT, JUDGE], size.timed)
     if args.share is not None:
         drawn(bench, size, args.run, args.share, args.processes)
         return
+    if args.timer is not None:
+        bench.write(f"rounds-{args.timer}.json", rounds(bench, drawn(bench, size, args.run, 0, 1), size))
+        return
     bench.say(", ".join(f"{key} {value}" for key, value in bench.circumstances.items()))
     bench.costs()  # before anything else runs on the device
-    if args.processes > 1:
-        command = [sys.executable, "-m", "benchmarks.peers", *sys.argv[1:], "--share"]
-        others = [subprocess.Popen([*command, str(share)]) for share in range(args.processes)]
-        if failed := [share for share, other in enumerate(others) if other.wait()]:
-            raise SystemExit(f"the processes {failed} failed; the same command goes on where they stopped.")
-    results = measure(bench, drawn(bench, size, args.run, 0, 1), size)
+    many = args.processes > 1
+    beside(["--share", str(share)] for share in range(args.processes if many else 0))()
+    ways = drawn(bench, size, args.run, 0, 1)
+    gpus = range(1, torch.cuda.device_count() if many and args.device == "cuda" else 1)
+    timed = beside(["--timer", str(gpu)] for gpu in gpus)
+    taken = rounds(bench, ways, size)
+    timed()
+    taken += [one for gpu in gpus for one in json.loads((args.out / f"rounds-{gpu}.json").read_text())]
+    results = measure(bench, ways, taken, size)
     rows = standings(results)
     several = best_of_several(bench, results, size.confirm_pictures)
     told = bars(results, rows, several)
@@ -352,6 +370,18 @@ def main() -> None:
         [(r.way.method, r.speedup, r.alignment.in_points[0]) for r in results[1:]],
         args.out / "peers.png",
     )
+
+
+def beside(options: Iterable[list[str]]) -> Callable[[], None]:
+    """Start this command again, once with each of the options; call what is returned to wait for their ends."""
+    command = [sys.executable, "-m", "benchmarks.peers", *sys.argv[1:]]
+    others = [subprocess.Popen([*command, *option]) for option in options]
+
+    def wait() -> None:
+        if failed := [" ".join(other.args[-2:]) for other in others if other.wait()]:
+            raise SystemExit(f"the processes {failed} failed; the same command goes on where they stopped.")
+
+    return wait
 
 
 def show(form: str, values: Any) -> None:
