@@ -15,12 +15,13 @@ Scores = Mapping[str, np.ndarray]  # per picture (n,) by evaluator
 
 @dataclass
 class Entry:
-    """`rounds` tells how many pictures it may have after each round. `before` are the unmodified model's scores."""
+    """`rounds` tells how many pictures it has after each round. `before` are the unmodified model's scores."""
 
     trial: optuna.Trial
     chosen: Candidate
     latency: float  # predicted seconds of a batch
     rounds: Iterator[int]
+    races: bool  # whether it may be dropped after one
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     images: int = 0
     generate_seconds: float = 0.0

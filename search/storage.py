@@ -88,7 +88,7 @@ def _value(trial: FrozenTrial, objective: int) -> dict[str, Any]:
     return {"value": value, "value_type": kind}
 
 
-_STUDIES_ATTRS: Table = models.StudyUserAttributeModel.__table__
+_STUDY_ATTRS: Table = models.StudyUserAttributeModel.__table__
 _TRIALS: Table = models.TrialModel.__table__
 _OF_A_TRIAL = (
     _Rows(models.TrialParamModel.__table__, "param_name", lambda t: t.params, _choice),
@@ -103,15 +103,16 @@ _OF_A_TRIAL = (
 class Storage(optuna.storages.InMemoryStorage):
     """The study of a database, read once and held in memory, so that no proposal waits for all trials to be read again.
 
-    `write` makes the database what memory is, in one transaction; telling a state, enqueuing and the attributes of the
-    study call it. Optuna's own way commits each attribute by itself and asks first whether it is there. Not covered:
-    two processes that write one study.
+    `write` makes the database what memory is, in one transaction; telling a state and enqueuing call it. Optuna's own
+    way commits each attribute by itself and asks first whether it is there. Not covered: two processes that write one
+    study.
     """
 
     def __init__(self, url: str):
         super().__init__()
         self._url, self._database = url, open_storage(url)
         self._written: dict[int, _Written] = {}  # by trial's number
+        self._unwritten = set[str]()  # attributes of the study
         for stored in self._database.get_all_studies():
             if stored.study_name == STUDY:
                 self._here, self._there = super().create_new_study(stored.directions, STUDY), stored._study_id
@@ -125,10 +126,12 @@ class Storage(optuna.storages.InMemoryStorage):
         """Put what has changed into the database: memory holds another object then for the trial."""
         trials, written = self.get_all_trials(self._here, deepcopy=False), self._written
         changed = [n for n, trial in enumerate(trials) if n not in written or written[n].trial is not trial]
-        if changed:
+        if changed or self._unwritten:
             with self._database.engine.begin() as connection:
                 rows = {n: self._put(connection, trials[n]) for n in changed}
+                self._put_study(connection)
             written |= {n: _Written.now(row, trials[n]) for n, row in rows.items()}
+            self._unwritten.clear()
 
     def _put(self, connection: Connection, trial: FrozenTrial) -> int:
         """The trial's id in the database."""
@@ -155,6 +158,14 @@ class Storage(optuna.storages.InMemoryStorage):
                 connection.execute(insert(table), rows)
         return row
 
+    def _put_study(self, connection: Connection) -> None:
+        told, keys = self.get_study_user_attrs(self._here), sorted(self._unwritten)
+        rows = [{"study_id": self._there, "key": key, "value_json": json.dumps(told[key])} for key in keys]
+        if rows:
+            of = _STUDY_ATTRS.c.study_id == self._there, _STUDY_ATTRS.c.key.in_(keys)
+            connection.execute(delete(_STUDY_ATTRS).where(*of))
+            connection.execute(insert(_STUDY_ATTRS), rows)
+
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
         self._here = super().create_new_study(directions, study_name)
         self._there = self._database.create_new_study(directions, study_name)
@@ -162,10 +173,7 @@ class Storage(optuna.storages.InMemoryStorage):
 
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
         super().set_study_user_attr(study_id, key, value)
-        table = _STUDIES_ATTRS
-        with self._database.engine.begin() as connection:
-            connection.execute(delete(table).where(table.c.study_id == self._there, table.c.key == key))
-            connection.execute(insert(table).values(study_id=self._there, key=key, value_json=json.dumps(value)))
+        self._unwritten.add(key)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         trial_id = super().create_new_trial(study_id, template_trial)

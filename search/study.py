@@ -27,7 +27,7 @@ from .pool import Job, Pool
 from .prior import prior, read_probe
 from .progress import Display
 from .prompts import read_prompts
-from .racing import Race, rounds
+from .racing import Race
 from .run_directory import RunDirectory
 from .scoring import judge_of
 from .space import Around, anchors, candidate, distributions, steps_of, suggest
@@ -201,11 +201,10 @@ class Study:
                     continue
                 # known points are wanted whole: anchors are confirmed whatever they score, and one bad picture among
                 # the first must not end what is tried for a reason
-                races = self.config.search.racing and not {"anchor", "origin"} & trial.user_attrs.keys()
-                first = self.config.search.first_images if races else len(self.prompts)
+                races = not {"anchor", "origin"} & trial.user_attrs.keys()
                 latency = self.unmodified.latency(chosen)
                 self._measuring[chosen.behaviour] = []
-                self._draw(Entry(trial, chosen, latency, rounds(first, len(self.prompts))))
+                self._draw(Entry(trial, chosen, latency, iter(self.unmodified.rounds), races))
             if not self.pool.busy:
                 continue
             for job in self.pool.wait(timeout=1.0):
@@ -214,6 +213,7 @@ class Study:
                     done += 1 + self._tell_same(job.tag)
             self.display.tick()
         self.study.set_user_attr("ended", ended)
+        self._storage.write()
         self.display.say(f"the search ends at {ended}")
 
     @property
@@ -320,7 +320,7 @@ class Study:
         against = self.config.constraints, self.unmodified.scores, latency / self.baseline.latency
         differences, dropped = self.unmodified.differences(entry.scores), seen < len(self.prompts)
         hopes = max(entry.certain(*against).values()) <= 0
-        if dropped and hopes and self._race.goes_on(differences, latency):
+        if dropped and (not entry.races or (hopes and self._race.goes_on(differences, latency))):
             self._draw(entry)
             return False
         metrics = entry.means(self.unmodified.scores) | {

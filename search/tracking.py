@@ -338,7 +338,7 @@ class Tracker:
         params = {key: value[:6000] for key, value in record.params.items()}
         # a param stands for ever: what a resume says otherwise is told in a tag
         changed = {key: value for key, value in params.items() if there.get(key, value) != value}
-        metrics = [Metric(key, value, told.stamp, told.step) for told in records for key, value in told.metrics.items()]
+        metrics = [Metric(key, value, one.stamp, one.step) for one in records for key, value in one.metrics.items()]
         new = [Param(key, value) for key, value in params.items() if key not in there]
         told = changed if made else record.tags | changed  # a new run was made with its tags
         tags = [RunTag(key, value[:8000]) for key, value in told.items()]

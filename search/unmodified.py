@@ -1,5 +1,6 @@
 """The unmodified model on the search prompts: what every candidate is compared with, measured once and kept."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from .config import Config, ConfigError
 from .front import Baseline
 from .pool import Job, Pool
 from .progress import Display
+from .racing import rounds
 from .run_directory import RunDirectory
 from .space import guidance_ends_of, steps_of
 
@@ -22,6 +24,9 @@ class Unmodified:
         display: Display,
     ):  # fmt: skip
         self.candidate = plain
+        first = config.search.first_images if config.search.racing else len(prompts)
+        # pictures after each round, its own too: only pictures that are drawn in the same batches share a beginning
+        self.rounds = tuple(rounds(first, len(prompts)))
         table = run.path / "cost_table.json"
         if not table.exists():
             display.wait("measuring the cost of every block")
@@ -36,9 +41,12 @@ class Unmodified:
         pool.expect(len(prompts), self.costs.run_seconds / self.costs.batch)
         if not (run.scores / "unmodified.parquet").exists():
             display.wait("generating with the unmodified model")
-            (job,) = pool.run([Job("measure", (plain, "search", None))])
-            run.write_images("unmodified", job.result.images)
-            run.write_scores("unmodified", prompts, job.result.scores)
+            parts = pairwise((0, *self.rounds))
+            jobs = pool.run([Job("measure", (plain, "search", None, end, start)) for start, end in parts])
+            measured = [job.result for job in jobs]
+            scores = {name: np.concatenate([one.scores[name] for one in measured]) for name in measured[0].scores}
+            run.write_images("unmodified", np.concatenate([one.images for one in measured]))
+            run.write_scores("unmodified", prompts, scores)
         self.images = pool.put(run.read_images("unmodified"))  # shared with all workers
         self.scores = {str(name): column.to_numpy() for name, column in run.read_scores("unmodified").items()}
         self._objectives = config.objectives.alignment, config.objectives.quality

@@ -14,7 +14,7 @@ BEFORE = {"score": np.array([0.5, 0.7, 0.1, 0.3]), "psnr": np.full(4, 100.0), "s
 
 
 def entry(*parts: dict[str, list[float]]) -> Entry:
-    made: Any = Entry(None, None, 1.0, iter(()))  # pyright: ignore[reportArgumentType]
+    made: Any = Entry(None, None, 1.0, iter(()), True)  # pyright: ignore[reportArgumentType]
     for scores in parts:
         arrays = {name: np.array(values) for name, values in scores.items()}
         images = np.zeros((len(arrays["sane"]), 1, 1, 3), np.uint8)

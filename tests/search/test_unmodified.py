@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from blocktune.evaluators import CostTable
 from blocktune.policies import BlockPolicy
@@ -12,6 +13,7 @@ from blocktune.search.config import Config, ConfigError, load_config
 from blocktune.search.pool import Job, Pool
 from blocktune.search.prompts import read_prompts
 from blocktune.search.run_directory import RunDirectory
+from blocktune.search.scoring import Measurement
 from blocktune.search.unmodified import Unmodified
 
 TABLE = CostTable(
@@ -29,6 +31,38 @@ def test_refused_as_soon_as_the_model_was_run(tmp_path: Path, tiny_sd3_pipeline:
         ConfigError, match=r"space.guidance_until is \[0.2, 0.25, 0.3, 0.4, 0.6\]; accepted: \[\], for this model"
     ):
         Unmodified(plain, (), Config(), run, nobody, nobody)
+
+
+@pytest.mark.parametrize(("racing", "parts"), [(True, [(0, 12), (12, 18), (18, 24)]), (False, [(0, 24)])])
+def test_its_pictures_are_drawn_in_the_batches_of_those_that_race(
+    racing: bool, parts: list[tuple[int, int]], tmp_path: Path, tiny_sd3_pipeline: Any
+) -> None:
+    """In others they would be of no use to candidates that begin as it does."""
+    run = RunDirectory.open(tmp_path / "run", config := load_config(None, [
+        f"search.racing={racing}", "search.first_images=12", "prompts.search_images=24", "space.guidance_until=[]"
+    ]), resume=False)  # fmt: skip
+    plain = Candidate(BlockPolicy.for_model(tiny_sd3_pipeline(), "unmodified", []), 4)
+    of_all = {"block_compute": (1.0,) * 4, "block_reuse": (0.1,) * 4}
+    run.write_text(run.path / "cost_table.json", TABLE.model_copy(update=of_all).model_dump_json())
+    rows = np.arange(24.0)
+    asked: list[tuple[int, int]] = []
+
+    def run_jobs(jobs: list[Job]) -> list[Job]:
+        for job in jobs:
+            end, start = job.args[3:]
+            asked.append((start, end))
+            pictures = np.tile(rows[start:end, None, None, None], (1, 4, 4, 3)).astype(np.uint8)
+            scores = {name: rows[start:end] for name in ("shapes", "crispness", "sane")}
+            job.result = Measurement(scores, pictures, 0.0, 0.0, 0.0)
+        return jobs
+
+    pool: Any = SimpleNamespace(run=run_jobs, expect=lambda *told: None, put=lambda value: value)
+    quiet: Any = SimpleNamespace(wait=lambda told: None)
+    unmodified = Unmodified(plain, read_prompts(config, "search"), config, run, pool, quiet)
+    run.release()
+    assert asked == parts
+    assert unmodified.rounds == tuple(end for _, end in parts)
+    assert unmodified.scores["shapes"].tolist() == unmodified.images[:, 0, 0, 0].tolist() == rows.tolist()
 
 
 def test_a_worker_that_hangs_with_the_first_pictures_is_known_to(tmp_path: Path, tiny_sd3_pipeline: Any) -> None:
