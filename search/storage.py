@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import distribution_to_json
+from optuna.exceptions import StorageInternalError
 from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -123,13 +124,19 @@ class Storage(optuna.storages.InMemoryStorage):
                     self._written[held.number] = _Written.now(trial._trial_id, held)
 
     def write(self) -> None:
-        """Put what has changed into the database: memory holds another object then for the trial."""
+        """Put what has changed into the database: memory holds another object then for the trial.
+
+        StorageInternalError, as of Optuna's own, where it cannot be written.
+        """
         trials, written = self.get_all_trials(self._here, deepcopy=False), self._written
         changed = [n for n, trial in enumerate(trials) if n not in written or written[n].trial is not trial]
         if changed or self._unwritten:
-            with self._database.engine.begin() as connection:
-                rows = {n: self._put(connection, trials[n]) for n in changed}
-                self._put_study(connection)
+            try:
+                with self._database.engine.begin() as connection:
+                    rows = {n: self._put(connection, trials[n]) for n in changed}
+                    self._put_study(connection)
+            except SQLAlchemyError as error:
+                raise StorageInternalError("the study cannot be written") from error
             written |= {n: _Written.now(row, trials[n]) for n, row in rows.items()}
             self._unwritten.clear()
 
