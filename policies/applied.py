@@ -147,12 +147,8 @@ class Applied:
 
         Its blocks keep nothing then: residuals that a later call reuses must be of calls that were computed.
         """
-        perturbed_by = self._architecture.perturbed_by
-        lane, step = self._enter(bool(perturbed_by) and kwargs.get(perturbed_by) is not None)
-        self._done += 1
-        for index, action in enumerate(step):
-            if action.releases:
-                lane.memories[index].forget()
+        lane, _ = self._enter(self._left_out(kwargs) is not None)
+        self._leave(lane)
 
     def __enter__(self) -> Self:
         return self
@@ -219,16 +215,21 @@ class Applied:
                 "transformer in its own way, so take that off or the policy."
             )
         self._calls.append(call)
-        self._done += 1
         if lane.plan.keeps:
             held = sum(memory.bytes for other in self._lanes.values() for memory in other.memories.values())
             self._cache_bytes = max(self._cache_bytes, held)
-        for index, action in enumerate(lane.plan.steps[call.step]):
+        self._leave(lane)
+        return self._answer(lane, halved, output)
+
+    def _leave(self, lane: _Lane) -> None:
+        """A call succeeded: frees what no later step reuses."""
+        self._done += 1
+        assert lane.plan is not None
+        for index, action in enumerate(lane.plan.steps[lane.step]):
             if action.releases:
                 lane.memories[index].forget()
             elif action.forecast:
                 lane.memories[index].forecast = None
-        return self._answer(lane, halved, output)
 
     def _answer(self, lane: _Lane, halved: bool, output: Any) -> Any:
         """The output of the call, or at a step without guidance what stands for both halves."""
@@ -251,10 +252,14 @@ class Applied:
         position = self._parameters.index(name)
         return args[position] if position < len(args) else None
 
+    def _left_out(self, kwargs: dict[str, Any]) -> Any:
+        """The blocks that a call of perturbed guidance leaves out; None for another call."""
+        name = self._architecture.perturbed_by
+        return kwargs.get(name) if name else None
+
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finds the call's place in the run and swaps in the stand-ins of its step."""
-        row = self._architecture
-        left_out = kwargs.get(row.perturbed_by) if row.perturbed_by else None
+        row, left_out = self._architecture, self._left_out(kwargs)
         lane, step = self._enter(left_out is not None)
         # what a ControlNet adds between blocks would be added again with the residual of a run
         added = (self._argument(args, kwargs, name) for name in self._parameters if "control" in name)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from blocktune.evaluators import Interval, get, paired_interval, scale_of, time_runs
+from blocktune.evaluators import Interval, get, paired_interval, scale_of, speedup, time_runs
 from blocktune.policies import BlockPolicy, Reuse, Rule
 from blocktune.search.best_of import of_the_best
 from blocktune.search.config import Search, load_config
@@ -163,14 +163,15 @@ def rounds(bench: Workbench, ways: list[Way], size: Size) -> list[dict[str, floa
 def measure(bench: Workbench, ways: list[Way], taken: list[dict[str, float]], size: Size) -> list[Result]:
     """All ways on the held-out prompts, with the seconds that they took in the rounds of one GPU or more.
 
-    Those are the unmodified model's by the median share of its own in the same round: what slows a machine for a while,
-    or one of two GPUs, slows both.
+    Those are the unmodified model's over the speed-up in the same rounds: what slows a machine for a while, or one of
+    two GPUs, slows both.
     """
     count = size.confirm_pictures
     plain = ways[0]
     assert plain.method == PLAIN
-    whole = float(np.median([one[plain.key] for one in taken]))
-    seconds = {key: whole * float(np.median([one[key] / one[plain.key] for one in taken])) for key in taken[0]}
+    by_round = {key: [one[key] for one in taken] for key in taken[0]}
+    whole = float(np.median(by_round[plain.key]))
+    seconds = {key: whole / speedup(by_round[plain.key], own) for key, own in by_round.items()}
     prompts = [p.text for p in bench.prompts["confirm"][:count]]
     before = bench.scores(plain, "confirm", count)
 

@@ -38,9 +38,9 @@ def test_its_pictures_are_drawn_in_the_batches_of_those_that_race(
     racing: bool, parts: list[tuple[int, int]], tmp_path: Path, tiny_sd3_pipeline: Any
 ) -> None:
     """In others they would be of no use to candidates that begin as it does."""
-    run = RunDirectory.open(tmp_path / "run", config := load_config(None, [
-        f"search.racing={racing}", "search.first_images=12", "prompts.search_images=24", "space.guidance_until=[]"
-    ]), resume=False)  # fmt: skip
+    settings = [f"search.racing={racing}", "search.first_images=12", "prompts.search_images=24"]
+    config = load_config(None, [*settings, "space.guidance_until=[]"])
+    run = RunDirectory.open(tmp_path / "run", config, resume=False)
     plain = Candidate(BlockPolicy.for_model(tiny_sd3_pipeline(), "unmodified", []), 4)
     of_all = {"block_compute": (1.0,) * 4, "block_reuse": (0.1,) * 4}
     run.write_text(run.path / "cost_table.json", TABLE.model_copy(update=of_all).model_dump_json())
